@@ -1,0 +1,1 @@
+"""The stages of Sparseline and what they stand on. Inside: stages -> rollouts -> environments -> runtime."""

@@ -1,0 +1,1 @@
+"""Environments: the protocol, the families as plug-ins (entry points `sparseline.environments`), the chat format."""
