@@ -1,0 +1,26 @@
+"""Lightning indexer and top-k in one operation: the full score matrix never exists."""
+
+from torch import Tensor
+
+from kernels.indexer_topk import reference
+
+
+def indexer_topk(
+    q_THD: Tensor,
+    k_SD: Tensor,
+    weight_TH: Tensor,
+    key_start_T: Tensor,
+    key_end_T: Tensor,
+    k: int,
+    q_scale_TH: Tensor | None = None,
+    k_scale_S: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The k key rows with the largest indexer score of each query (arXiv 2512.02556, Eq. 1 and 2). No gradient.
+
+    Args: as `kernels.indexer_scores.indexer_scores`, and k, the slots of a row (1 to 4096).
+
+    Returns:
+        indices_TK [T, K] int32: global key rows, ascending, -1 after the last; lengths_T [T] int32.
+        Ties go to the lowest row; NaN and -inf scores are never selected.
+    """
+    return reference.indexer_topk(q_THD, k_SD, weight_TH, key_start_T, key_end_T, k, q_scale_TH, k_scale_S)
