@@ -1,0 +1,54 @@
+"""Long documents: facts of one world as sentences, then questions that only those facts answer.
+
+    ada works_in core . core led_by mona . ... ? ada works_in core . ? ...
+
+A question repeats subject and relation of a fact far before it; its answer is the object. A reader with a short memory
+cannot know it, because the facts are drawn anew for each document.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Literal
+
+from components.environments.kg_query.graph import RELATIONS, build_graph
+from components.runtime.contracts import Document, Question, digest
+
+Split = Literal["train", "validation", "test"]
+
+DOCUMENT_WORDS = 272  # 8 times a top-k of 32, and half of one more
+QUESTIONS = (8, 12)
+FAR_WORDS = 64  # most questions ask for a fact at least so far before their answer
+NEAR_SHARE = 0.1
+_FACT_WORDS, _QUESTION_WORDS = 4, 5
+
+
+def make_document(seed: int, split: Split, words: int = DOCUMENT_WORDS) -> Document:
+    """A document of `words` words (up to 3 fewer), the same for the same arguments.
+
+    Raises ValueError when `words` leaves no room for far facts, or asks for more facts than a world has.
+    """
+    rng = random.Random(f"kg_query/document/{split}/{seed}")
+    graph = build_graph(rng.getrandbits(48))
+    known = [(s, r, o[0]) for (s, r), o in graph.facts.items() if RELATIONS[r].functional]
+    asked = rng.randint(*QUESTIONS)
+    count = (words - asked * _QUESTION_WORDS) // _FACT_WORDS
+    if not FAR_WORDS // _FACT_WORDS + QUESTIONS[1] <= count <= len(known):
+        least = FAR_WORDS + QUESTIONS[1] * (_FACT_WORDS + _QUESTION_WORDS)
+        most = len(known) * _FACT_WORDS
+        raise ValueError(f"a kg_query document has {least} to {most} words, got {words}")
+    facts = rng.sample(known, count)
+    text = [word for fact in facts for word in (*fact, ".")]
+    far = [i for i in range(count) if len(text) - i * _FACT_WORDS >= FAR_WORDS]
+    near = [i for i in range(count) if i not in far]
+    near_asked = sum(rng.random() < NEAR_SHARE for _ in range(asked))
+    chosen = rng.sample(far, asked - near_asked) + rng.sample(near, near_asked)
+    rng.shuffle(chosen)
+    questions = []
+    for i in chosen:
+        subject, relation, answer = facts[i]
+        start = len(text) + 3
+        evidence = [i * _FACT_WORDS, i * _FACT_WORDS + 1, i * _FACT_WORDS + 2]
+        questions.append(Question(answer_start=start, answer_end=start + 1, evidence=evidence))
+        text += ["?", subject, relation, answer, "."]
+    return Document(id=digest(text), words=text, questions=questions, split=split)

@@ -1,0 +1,91 @@
+"""The hidden world of `kg_query`: a typed enterprise graph whose facts are drawn anew for each seed.
+
+The words are always the same 64 entities and 25 relations; what they say about each other is not, so a player can only
+know a fact by asking for it.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from functools import lru_cache
+
+from components.runtime.contracts import digest
+
+_ENTITIES = {
+    "person": """ada bruno carla dmitri elena farid greta hugo irene jonas
+                 kaori liam mona nils olga pavel rosa sven tara yusuf""",
+    "team": "core data design field growth infra legal mobile payments platform research support",
+    "company": "acme borealis cobalt delphi everest fjord granite helios indigo juniper kestrel lumen",
+    "city": "athens bergen cairo dakar geneva lima osaka quito riga tunis",
+    "product": "anvil beacon comet drift ember falcon glider harbor iris jigsaw",
+}
+ENTITIES: dict[str, tuple[str, ...]] = {kind: tuple(names.split()) for kind, names in _ENTITIES.items()}
+TYPE_OF: dict[str, str] = {name: kind for kind, names in ENTITIES.items() for name in names}
+
+
+@dataclass(frozen=True)
+class Relation:
+    """`domain` and `range` are entity types; a functional relation gives each subject exactly one object."""
+
+    name: str
+    domain: str
+    range: str
+    functional: bool
+
+
+_FUNCTIONAL = """
+person works_in team, person lives_in city, person reports_to person,
+team led_by person, team part_of company, team based_in city,
+company seated_in city, company run_by person, company owned_by company,
+city governed_by person, city twinned_with city, city powered_by company,
+product made_by company, product maintained_by team, product replaces product
+"""
+_MANY_VALUED = """
+person mentors person, person uses product,
+team advisers person, team tests product,
+company offices city, company suppliers company,
+city hosts company, city honours person,
+product buyers company, product markets city
+"""
+
+
+def _relations() -> dict[str, Relation]:
+    found = {}
+    for text, functional in ((_FUNCTIONAL, True), (_MANY_VALUED, False)):
+        for line in text.split(","):
+            domain, name, range_ = line.split()
+            found[name] = Relation(name, domain, range_, functional)
+    return found
+
+
+RELATIONS: dict[str, Relation] = _relations()
+
+# How many objects a many-valued relation has: 0 to 8, mostly 1 to 6 (index = number of objects).
+OBJECT_WEIGHTS = (1, 2, 2, 2, 2, 2, 2, 1, 1)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Facts of one world: (subject, relation) -> objects in the order in which the tool lists them."""
+
+    facts: dict[tuple[str, str], tuple[str, ...]]
+    digest: str
+
+    def objects(self, subject: str, relation: str) -> tuple[str, ...]:
+        """Objects of a fact. KeyError when the subject's type does not have the relation."""
+        return self.facts[subject, relation]
+
+
+@lru_cache(maxsize=512)  # the episodes of one group of rollouts share their world
+def build_graph(seed: int) -> Graph:
+    """The graph of `seed`. No entity relates to itself."""
+    rng = random.Random(seed)
+    facts: dict[tuple[str, str], tuple[str, ...]] = {}
+    for relation in RELATIONS.values():
+        pool = ENTITIES[relation.range]
+        for subject in ENTITIES[relation.domain]:
+            others = [name for name in pool if name != subject] if relation.domain == relation.range else pool
+            count = 1 if relation.functional else rng.choices(range(len(OBJECT_WEIGHTS)), OBJECT_WEIGHTS)[0]
+            facts[subject, relation.name] = tuple(rng.sample(others, count))
+    return Graph(facts, digest([[*key, *objects] for key, objects in facts.items()]))
