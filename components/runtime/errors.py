@@ -1,0 +1,50 @@
+"""Errors that a person can act on, and the exit code of each: bad input 2, failed gate 3, anything else 1."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+EXIT_FAULT, EXIT_INPUT, EXIT_REJECTED, EXIT_INTERRUPTED = 1, 2, 3, 130
+
+
+class InputError(Exception):
+    """Something that was given to us is wrong. The message says what, where, and what to do."""
+
+
+class GateRejected(Exception):
+    """The gate decided, with numbers, that the candidate is not to be promoted. No fault."""
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit code that `error` ends a program with."""
+    if isinstance(error, InputError):
+        return EXIT_INPUT
+    if isinstance(error, GateRejected):
+        return EXIT_REJECTED
+    if isinstance(error, KeyboardInterrupt):
+        return EXIT_INTERRUPTED
+    return EXIT_FAULT
+
+
+def kind(error: BaseException) -> str:
+    return {EXIT_INPUT: "input", EXIT_REJECTED: "rejected", EXIT_INTERRUPTED: "interrupted"}.get(
+        exit_code(error), "fault"
+    )
+
+
+@contextmanager
+def disk_errors(where: Path) -> Iterator[None]:
+    """Turn a full, read-only or forbidden disk into an InputError that names the place."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise InputError(f"the disk is full at {where}; free some space or choose another folder") from error
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            reason = os.strerror(error.errno).lower()
+            raise InputError(f"cannot write to {where}: {reason}; choose another folder") from error
+        raise
