@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from itertools import accumulate
 
 from components.runtime.contracts import digest
 
@@ -63,18 +64,36 @@ RELATIONS: dict[str, Relation] = _relations()
 
 # How many objects a many-valued relation has: 0 to 8, mostly 1 to 6 (index = number of objects).
 OBJECT_WEIGHTS = (1, 2, 2, 2, 2, 2, 2, 1, 1)
+_COUNTS = range(len(OBJECT_WEIGHTS))
+_CUMULATIVE_WEIGHTS = tuple(accumulate(OBJECT_WEIGHTS))
 
 
-@dataclass(frozen=True)
 class Graph:
     """Facts of one world: (subject, relation) -> objects in the order in which the tool lists them."""
 
-    facts: dict[tuple[str, str], tuple[str, ...]]
-    digest: str
+    def __init__(self, facts: dict[tuple[str, str], tuple[str, ...]]) -> None:
+        self.facts = facts
 
     def objects(self, subject: str, relation: str) -> tuple[str, ...]:
         """Objects of a fact. KeyError when the subject's type does not have the relation."""
         return self.facts[subject, relation]
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 (hex) of the facts."""
+        return digest([[*key, *objects] for key, objects in self.facts.items()])
+
+
+def _slots() -> list[tuple[str, Relation, tuple[str, ...]]]:
+    """Every (subject, relation) of a world, and the entities it may point to: all of the range but itself."""
+    return [
+        (subject, relation, tuple(name for name in ENTITIES[relation.range] if name != subject))
+        for relation in RELATIONS.values()
+        for subject in ENTITIES[relation.domain]
+    ]
+
+
+_SLOTS = _slots()
 
 
 @lru_cache(maxsize=512)  # the episodes of one group of rollouts share their world
@@ -82,10 +101,11 @@ def build_graph(seed: int) -> Graph:
     """The graph of `seed`. No entity relates to itself."""
     rng = random.Random(seed)
     facts: dict[tuple[str, str], tuple[str, ...]] = {}
-    for relation in RELATIONS.values():
-        pool = ENTITIES[relation.range]
-        for subject in ENTITIES[relation.domain]:
-            others = [name for name in pool if name != subject] if relation.domain == relation.range else pool
-            count = 1 if relation.functional else rng.choices(range(len(OBJECT_WEIGHTS)), OBJECT_WEIGHTS)[0]
-            facts[subject, relation.name] = tuple(rng.sample(others, count))
-    return Graph(facts, digest([[*key, *objects] for key, objects in facts.items()]))
+    for subject, relation, pool in _SLOTS:
+        if relation.functional:
+            # not rng.choice: three times faster, and worlds are most of what synthesis costs
+            facts[subject, relation.name] = (pool[int(rng.random() * len(pool))],)
+        else:
+            (count,) = rng.choices(_COUNTS, cum_weights=_CUMULATIVE_WEIGHTS)
+            facts[subject, relation.name] = tuple(rng.sample(pool, count))
+    return Graph(facts)

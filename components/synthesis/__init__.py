@@ -1,0 +1,1 @@
+"""Synthesis: from environments to a validated task set, demonstrations and long documents."""

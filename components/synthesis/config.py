@@ -1,0 +1,34 @@
+"""Configuration of the synthesis stage."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class SynthesisConfig(BaseModel):
+    """How much of what is generated. All randomness follows from the run's seed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    environments: list[str] = Field(
+        default=["kg_query"], min_length=1, description="names of installed environment families"
+    )
+    train_tasks: int = Field(default=3000, ge=1, description="tasks for RL, per family")
+    validation_tasks: int = Field(default=300, ge=1, description="tasks for choosing a checkpoint, per family")
+    test_tasks: int = Field(default=600, ge=1, description="tasks of held-out templates, per family")
+    long_tasks: int = Field(default=48, ge=0, description="held-out tasks beyond the training length, per family")
+    test_templates: int = Field(default=27, ge=1, description="templates held out for the test split, per family")
+    validation_templates: int = Field(default=12, ge=1, description="templates of the validation split, per family")
+    demonstrations: int = Field(default=12000, ge=1, description="demonstrations on train templates, per family")
+    validation_demonstrations: int = Field(
+        default=300, ge=1, description="demonstrations on validation templates, per family"
+    )
+    wrong_share: float = Field(
+        default=0.5, ge=0, le=0.5, description="share of demonstrations that are wrong, 0 to 0.5"
+    )
+    documents: int = Field(default=1500, ge=1, description="long documents for training, per family")
+    validation_documents: int = Field(default=100, ge=1, description="long documents for validation, per family")
+    test_documents: int = Field(default=200, ge=1, description="held-out long documents, per family")
+    document_words: int = Field(default=272, ge=32, description="length of a document, in words")
+    mutants: int = Field(default=12, ge=1, description="mutated solutions that the battery plays per task")
+    random_plays: int = Field(default=3, ge=1, description="plays of the random player per task")

@@ -1,0 +1,185 @@
+"""Synthesis: environments -> a validated task set, demonstrations and long documents.
+
+    python -m components.synthesis --config synthesis.yaml
+
+Everything follows from the run's seed: the same seed, configuration and code give the same files, byte for byte.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from components.environments.chat_format import conversation_words
+from components.runtime.contracts import Demonstration, Document, Pointer, TaskRecord
+from components.runtime.errors import InputError
+from components.runtime.stage import StageContext, StageResult
+from components.runtime.task_set import write_task_set
+from components.synthesis.battery import Battery, constant_submissions
+from components.synthesis.config import SynthesisConfig
+from components.synthesis.demonstrations import make_demonstrations
+from components.synthesis.family import Family, Split, load_family
+from components.synthesis.splits import draw_template, kinds_of_template, split_templates
+from components.synthesis.tasks import make_tasks
+
+_PROBE_TASKS = 500  # tasks from which the constant player learns its answers
+
+
+def run(config: SynthesisConfig, context: StageContext, inputs: dict[str, Pointer]) -> StageResult:
+    """Make and publish the task set. Outputs: `tasks`.
+
+    Raises InputError when a family is not installed, or cannot give what the configuration asks for.
+    """
+    families = [load_family(name) for name in config.environments]
+    total = len(families) * (
+        config.train_tasks + config.validation_tasks + config.test_tasks + config.long_tasks
+        + config.demonstrations + config.validation_demonstrations
+        + config.documents + config.validation_documents + config.test_documents
+    )  # fmt: skip
+    done = 0
+
+    def tick() -> None:
+        nonlocal done
+        done += 1
+        context.progress.update(done, total, {})
+
+    tasks: list[TaskRecord] = []
+    long_tasks: list[TaskRecord] = []
+    demonstrations: list[Demonstration] = []
+    documents: list[Document] = []
+    vocabulary: set[str] = set()
+    reports: dict[str, Any] = {}
+    for family in families:
+        vocabulary.update(family.vocabulary())
+        made = _make_family(family, config, context.seed, tick)
+        tasks += made.tasks
+        long_tasks += made.long_tasks
+        demonstrations += made.demonstrations
+        documents += made.documents
+        reports[family.name] = made.report
+    _check_words(vocabulary, tasks + long_tasks, demonstrations, documents)
+
+    directory = context.work_dir / "task-set"
+    write_task_set(
+        directory,
+        tasks=tasks,
+        long_tasks=long_tasks,
+        demonstrations=demonstrations,
+        documents=documents,
+        vocabulary=vocabulary,
+        battery=reports,
+    )
+    summary = _summary(tasks, long_tasks, demonstrations, documents, reports)
+    context.tracker.metrics({name: value for name, value in summary.items() if isinstance(value, (int, float))}, 0)
+    context.tracker.artifact(directory / "battery.json")
+    pointer = context.publish("task-set", directory, facts=summary)
+    return StageResult({"tasks": pointer}, summary)
+
+
+class _Made:
+    """What one family gave."""
+
+    def __init__(self) -> None:
+        self.tasks: list[TaskRecord] = []
+        self.long_tasks: list[TaskRecord] = []
+        self.demonstrations: list[Demonstration] = []
+        self.documents: list[Document] = []
+        self.report: dict[str, Any] = {}
+
+
+def _make_family(family: Family, config: SynthesisConfig, seed: int, tick: Callable[[], None]) -> _Made:
+    made = _Made()
+    splits = split_templates(family, seed, config.validation_templates, config.test_templates)
+    battery = Battery(family, _constant_player(family, splits["train"], seed), config.mutants, config.random_plays)
+    sizes: dict[Split, int] = {
+        "train": config.train_tasks,
+        "validation": config.validation_tasks,
+        "test": config.test_tasks,
+    }
+    for split, size in sizes.items():
+        made.tasks += make_tasks(family, splits[split], size, split, seed, battery, tick)
+    if config.long_tasks:
+        made.long_tasks = make_tasks(family, family.long_templates(), config.long_tasks, "test", seed, battery, tick)
+
+    share = config.wrong_share
+    made.demonstrations = make_demonstrations(
+        family, splits["train"], config.demonstrations, share, "train", seed, tick
+    ) + make_demonstrations(
+        family, splits["validation"], config.validation_demonstrations, share, "validation", seed, tick
+    )
+
+    rng = random.Random(f"synthesis/{family.name}/documents/{seed}")
+    texts: dict[Split, int] = {
+        "train": config.documents,
+        "validation": config.validation_documents,
+        "test": config.test_documents,
+    }
+    for split, size in texts.items():
+        for _ in range(size):
+            try:
+                made.documents.append(family.document(rng.getrandbits(48), split, config.document_words))
+            except ValueError as error:
+                raise InputError(f"synthesis: document_words: {error}") from error
+            tick()
+
+    made.report = battery.report()
+    made.report["templates"] = {split: len(names) for split, names in splits.items()}
+    made.report["templates_in_two_splits"] = _shared_templates(made.tasks + made.long_tasks)
+    if made.report["templates_in_two_splits"]:
+        raise RuntimeError(f"{family.name}: the splits share templates: {made.report['templates_in_two_splits']}")
+    return made
+
+
+def _constant_player(family: Family, templates: list[str], seed: int) -> Any:
+    rng = random.Random(f"synthesis/{family.name}/constant/{seed}")
+    groups = kinds_of_template(family, templates)
+    drawn = [family.generate(draw_template(groups, rng), rng.getrandbits(48), "train") for _ in range(_PROBE_TASKS)]
+    return constant_submissions(drawn)
+
+
+def _shared_templates(tasks: list[TaskRecord]) -> list[str]:
+    splits: dict[str, set[str]] = {}
+    for task in tasks:
+        splits.setdefault(task.template, set()).add(task.split)
+    return sorted(template for template, found in splits.items() if len(found) > 1)
+
+
+def _check_words(
+    vocabulary: set[str], tasks: list[TaskRecord], demonstrations: list[Demonstration], documents: list[Document]
+) -> None:
+    """Every word that a model will read is in the vocabulary; a missing one would silently become <|unknown|>."""
+    words = {word for task in tasks for message in task.messages for word in message.content.split()}
+    for demonstration in demonstrations:
+        words.update(conversation_words(demonstration.messages, demonstration.tools)[0])
+    for document in documents:
+        words.update(document.words)
+    missing = sorted(word for word in words - vocabulary if not word.startswith("<|"))
+    if missing:
+        raise RuntimeError(f"words outside the environments' vocabulary(): {' '.join(missing[:20])}")
+
+
+def _summary(
+    tasks: list[TaskRecord],
+    long_tasks: list[TaskRecord],
+    demonstrations: list[Demonstration],
+    documents: list[Document],
+    reports: dict[str, Any],
+) -> dict[str, Any]:
+    splits = Counter(task.split for task in tasks)
+    return {
+        **{f"{split}_tasks": splits[split] for split in ("train", "validation", "test")},
+        "long_tasks": len(long_tasks),
+        "test_templates": len({task.template for task in tasks if task.split == "test"}),
+        "demonstrations": len(demonstrations),
+        "wrong_share": sum(not demonstration.passed for demonstration in demonstrations) / len(demonstrations),
+        "demonstration_kinds": dict(sorted(Counter(demonstration.kind for demonstration in demonstrations).items())),
+        "documents": len(documents),
+        "battery_checked": sum(report["checked"] for report in reports.values()),
+        "battery_removed": {
+            check: sum(report["removed"][check] for report in reports.values())
+            for check in next(iter(reports.values()))["removed"]
+        },
+        "mutants_failed_share": min(report["mutants_failed_share"] for report in reports.values()),
+    }
