@@ -7,7 +7,10 @@ N sequences of a tile, Q queries and L keys of each.
 import torch
 
 from kernels.packing import Tile, plan_tiles, unpack
-from kernels.sparse_attention.reference import CHUNK_ELEMENTS, compute_dtype, empty_result, masked_softmax, recomputed
+from kernels.sparse_attention.reference import compute_dtype, empty_result, masked_softmax, recomputed
+
+# Score elements of one tile (x 4 bytes = 64 MiB in fp32): nano models run in one tile, without recomputation.
+TILE_ELEMENTS = 1 << 24
 
 
 def tile_scores(q_THD: torch.Tensor, k_SGD: torch.Tensor, tile: Tile, scale: float) -> torch.Tensor:
@@ -40,7 +43,7 @@ def dense_attention_gqa(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Differentiable in q, k and v; saves O(T·D) for the backward pass once the pairs need several tiles."""
-    tiles = plan_tiles(key_start_T, key_end_T, q_THD.shape[1], CHUNK_ELEMENTS)
+    tiles = plan_tiles(key_start_T, key_end_T, q_THD.shape[1], TILE_ELEMENTS)
     if not tiles or k_SGD.shape[0] == 0:
         return empty_result(q_THD, v_SGV.shape[-1])
     parts = [recomputed(_tile_attention, len(tiles), q_THD, k_SGD, v_SGV, tile, scale) for tile in tiles]

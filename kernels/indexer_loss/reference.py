@@ -9,13 +9,15 @@ import torch
 from kernels.dense_attention.reference import tile_scores
 from kernels.packing import Tile, plan_tiles
 from kernels.sparse_attention.reference import (
-    CHUNK_ELEMENTS,
     compute_dtype,
     gather_rows,
     masked_softmax,
     query_chunks,
     recomputed,
 )
+
+# Score elements of one tile (x 4 bytes = 64 MiB in fp32): nano models run in one tile, without recomputation.
+TILE_ELEMENTS = 1 << 24
 
 
 def kl_sum(target: torch.Tensor, scores: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
@@ -68,7 +70,7 @@ def indexer_loss_dense(
     index_q_TIE, index_k_SE, weight_TI, q_THD, k_SGD, key_start_T, key_end_T, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     valid_rows = (key_end_T > key_start_T).sum()
-    tiles = plan_tiles(key_start_T, key_end_T, q_THD.shape[1] + index_q_TIE.shape[1], CHUNK_ELEMENTS)
+    tiles = plan_tiles(key_start_T, key_end_T, q_THD.shape[1] + index_q_TIE.shape[1], TILE_ELEMENTS)
     if not tiles or k_SGD.shape[0] == 0:
         zero = index_q_TIE.sum() * 0 + index_k_SE.sum() * 0 + weight_TI.sum() * 0
         return zero.to(compute_dtype(index_q_TIE.dtype)), valid_rows

@@ -24,7 +24,7 @@ def oracle(q, k, v, start, end, scale):
 
 @pytest.mark.parametrize("budget", [50, 700, 1 << 24])
 def test_equals_oracle_with_gradients(monkeypatch, budget):
-    monkeypatch.setattr(reference, "CHUNK_ELEMENTS", budget)
+    monkeypatch.setattr(reference, "TILE_ELEMENTS", budget)
     start, end = packed([1, 17, 2, 5, 16, 3])
     end[3] = start[3]  # a row without keys inside a sequence
     generator = torch.Generator().manual_seed(0)

@@ -47,8 +47,8 @@ def test_sparse_equals_oracle_with_gradients(monkeypatch, budget):
 
 @pytest.mark.parametrize("budget", [60, 1 << 24])
 def test_dense_equals_oracle_and_reaches_only_the_indexer(monkeypatch, budget):
-    monkeypatch.setattr(reference, "CHUNK_ELEMENTS", budget)
-    assert dense_reference.CHUNK_ELEMENTS > 60
+    monkeypatch.setattr(reference, "TILE_ELEMENTS", budget)
+    assert dense_reference.TILE_ELEMENTS > 60
     index_q, index_k, weight, q, kv = inputs()
     start = torch.tensor([0] * 5 + [5] * 8)
     end = torch.arange(13) + 1
