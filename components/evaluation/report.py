@@ -1,0 +1,146 @@
+"""evaluation.json: every estimate with its interval and n. The gate decides from this file alone.
+
+All rates are shares of episodes (0 to 1), cross-entropies nats per token, recalls shares of evidence words.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from components.runtime.contracts import Contract, Interval, Pointer
+
+FILE = "evaluation.json"
+ITEMS_FILE = "items.parquet"
+
+
+class Rate(Contract):
+    """Macro mean over families of pass@1, with its template-clustered interval."""
+
+    macro: float
+    low: float
+    high: float
+    n: int = Field(ge=1, description="episodes")
+
+
+class FamilyRates(Contract):
+    """One family: its own rates and their paired difference (after - before)."""
+
+    before: Interval
+    after: Interval
+    difference: Interval
+
+
+class BestTemperature(Contract):
+    """The model before RL at the sampling temperature that was best on the validation split."""
+
+    temperature: float
+    validation: dict[str, Interval] = Field(description="pass@1 on the validation split by temperature")
+    test: Rate
+    difference: Interval = Field(description="after at temperature 1 minus before at this temperature, paired")
+
+
+class Champion(Contract):
+    """The candidate against the champion, on the same tasks with the same seeds."""
+
+    pointer: Pointer
+    rate: Rate
+    difference: Interval = Field(description="candidate - champion, paired, macro over families")
+    families: dict[str, Interval] = Field(description="candidate - champion by family")
+
+
+class PassAt1(Contract):
+    before: Rate
+    after: Rate
+    difference: Interval = Field(description="after - before, same tasks, same seeds, templates resampled")
+    families: dict[str, FamilyRates]
+    before_best_temperature: BestTemperature
+
+
+class Sides(Contract):
+    """Both models on the same tasks."""
+
+    before: Rate
+    after: Rate
+    difference: Interval = Field(description="after - before, paired")
+
+
+class CrossEntropy(Contract):
+    """Nats per token of the candidate on held-out documents, one number for each way to select top-k positions."""
+
+    dense: float
+    sparse: float
+    window: float
+    random: float
+    gap: Interval = Field(description="sparse - dense; documents resampled; n is documents")
+    window_gap: Interval
+    random_gap: Interval
+    tokens: int = Field(ge=1, description="predicted tokens in all")
+
+
+class DepthBin(Contract):
+    """Recall where the nearest evidence word lies `low` to `high` - 1 words before the predicting position."""
+
+    low: int
+    high: int
+    all_words: float
+    answer_word: float
+    n: int = Field(ge=1, description="questions")
+
+
+class IndexerRecall(Contract):
+    """Share of the evidence that the indexer selects where the first answer token is predicted."""
+
+    layer: int = Field(description="layer with the best recall on validation documents")
+    all_words: Interval = Field(description="evidence at least 2 * top_k back; documents resampled; n is questions")
+    answer_word: Interval = Field(description="the same for the evidence words that the answer repeats")
+    by_layer: list[float] = Field(description="all_words by layer on the test documents")
+    validation_by_layer: list[float]
+    depth: list[DepthBin]
+
+
+class EvaluationReport(Contract):
+    format: Literal["sparseline-evaluation/1"] = "sparseline-evaluation/1"
+    tasks: Pointer
+    before: Pointer
+    candidate: Pointer
+    champion: Champion | None = Field(default=None, description="None: there was none, or the candidate is it")
+    seed: int
+    confidence: float = Field(gt=0, lt=1)
+    resamples: int
+    templates: int = Field(ge=2, description="held-out programs in the main measure")
+    top_k: int
+    document_words: int = Field(description="length of the longest held-out document, in words")
+    pass_at_1: PassAt1
+    pass_at_1_long: Sides | None = Field(default=None, description="sampled, on tasks longer than training's")
+    greedy: Sides
+    ce: CrossEntropy
+    ce_answers: CrossEntropy
+    indexer_recall: IndexerRecall
+    logprob_gap: float = Field(description="largest |log-probability of the engine - of a full forward|, nats")
+
+    def write(self, directory: Path) -> None:
+        """Write evaluation.json into `directory`. Raises ValueError when a number is not finite."""
+        refuse_non_finite(self.model_dump(), "evaluation")
+        (directory / FILE).write_text(self.model_dump_json(indent=1) + "\n")
+
+    @staticmethod
+    def read(directory: Path) -> EvaluationReport:
+        """The report in `directory`. Raises ValueError when a number is missing, null or not finite."""
+        report = EvaluationReport.model_validate_json((directory / FILE).read_bytes())
+        refuse_non_finite(report.model_dump(), "evaluation")
+        return report
+
+
+def refuse_non_finite(value: object, where: str) -> None:
+    """Raise ValueError that names the first NaN or infinity inside `value`."""
+    if isinstance(value, float) and value - value != 0.0:
+        raise ValueError(f"{where} is {value}; every estimate of an evaluation is a number")
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            refuse_non_finite(inner, f"{where}.{key}")
+    if isinstance(value, (list, tuple)):
+        for position, inner in enumerate(value):
+            refuse_non_finite(inner, f"{where}[{position}]")
