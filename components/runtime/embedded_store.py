@@ -1,0 +1,137 @@
+"""The object store of a laptop: SeaweedFS from its wheel, started by us and gone with us.
+
+Loopback only, ports that the kernel says are free, credentials that are random at every start and known to this
+process and its children alone. The data stay in the folder, so the next run finds them.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from components.runtime import processes
+from components.runtime.errors import InputError, disk_errors
+from components.runtime.object_store import S3Store
+
+BUCKET = "sparseline"
+READY_SECONDS = 60.0
+ATTEMPTS = 3
+# Every listener of `weed mini`; a flag left out would mean a fixed port.
+PORT_FLAGS = (
+    "s3.port",
+    "s3.port.grpc",
+    "master.port",
+    "master.port.grpc",
+    "volume.port",
+    "volume.port.grpc",
+    "filer.port",
+    "filer.port.grpc",
+    "admin.port",
+    "admin.port.grpc",
+)
+
+
+class PortTaken(Exception):
+    """Somebody took a port between our choice and the server's start."""
+
+
+def weed_program() -> Path | None:
+    """The `weed` program of this environment, or None where its wheel does not exist (only Linux x86-64 has one)."""
+    beside = Path(sys.executable).parent / "weed"
+    found = str(beside) if beside.is_file() else shutil.which("weed")
+    return Path(found) if found else None
+
+
+def free_ports(count: int) -> list[int]:
+    """`count` different loopback ports that are free now: all are held at once, so that none comes twice."""
+    with ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [int(one.getsockname()[1]) for one in sockets]
+
+
+@contextmanager
+def embedded_store(directory: Path, log: Path) -> Iterator[S3Store]:
+    """A running SeaweedFS over `directory`, answering our credentials. Stopped when the context ends.
+
+    Raises InputError when it does not come up; the message names the log.
+    """
+    program = weed_program()
+    if program is None:
+        raise InputError("the program `weed` is missing; run `make install`, or give --store DIRECTORY or s3://BUCKET")
+    with disk_errors(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        (directory / "mini.options").unlink(missing_ok=True)  # weed would take old ports from it
+    for attempt in range(ATTEMPTS):
+        process, store = _start(program, directory, log)
+        try:
+            try:
+                _await_ready(process, store, log)
+            except PortTaken:
+                if attempt + 1 == ATTEMPTS:
+                    raise InputError(f"SeaweedFS found no free ports in {ATTEMPTS} tries; its log is {log}") from None
+                continue
+            yield store
+            return
+        finally:
+            # SIGKILL at once: weed's own shutdown takes up to half a minute, and its files are append-only.
+            processes.stop(process, seconds=0.0)
+
+
+def _start(program: Path, directory: Path, log: Path) -> tuple[subprocess.Popen, S3Store]:
+    ports = dict(zip(PORT_FLAGS, free_ports(len(PORT_FLAGS)), strict=True))
+    access_key, secret_key = secrets.token_hex(10), secrets.token_hex(20)
+    command = [
+        str(program),
+        "mini",
+        "-ip=127.0.0.1",
+        "-ip.bind=127.0.0.1",
+        f"-dir={directory}",
+        *(f"-{flag}={port}" for flag, port in ports.items()),
+        "-s3.port.iceberg=0",
+        "-s3.port.lance=0",
+        "-admin.ui=false",
+        "-webdav=false",
+        "-master.telemetry=false",
+        "-master.volumeSizeLimitMB=1024",
+    ]
+    # Credentials go through the environment: a command line is readable by every user of the machine.
+    environment = {**os.environ, "AWS_ACCESS_KEY_ID": access_key, "AWS_SECRET_ACCESS_KEY": secret_key}
+    with log.open("wb") as output:
+        process = processes.start(
+            command, environment=environment, cwd=directory, stdout=output, stderr=subprocess.STDOUT
+        )
+    return process, S3Store(f"s3://{BUCKET}", f"http://127.0.0.1:{ports['s3.port']}", access_key, secret_key)
+
+
+def _await_ready(process: subprocess.Popen, store: S3Store, log: Path) -> None:
+    """Wait until the server stores and gives back an object under our credentials."""
+    deadline = time.monotonic() + READY_SECONDS
+    probe = f"ready/{secrets.token_hex(8)}"
+    problem = ""
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            text = log.read_text(errors="replace")
+            if "address already in use" in text:
+                raise PortTaken
+            raise InputError(f"SeaweedFS ended with code {process.returncode}; its log is {log}:\n{text[-600:]}")
+        try:
+            store.ensure_bucket()
+            store.put_bytes(probe, probe.encode())
+            if store.get_bytes(probe) == probe.encode():
+                store.remove(probe)
+                return
+        except Exception as error:  # every kind of "not yet"; the last one is told when time is up
+            problem = str(error)
+        time.sleep(0.05)  # between two polls of a starting server
+    raise InputError(f"SeaweedFS was not ready after {READY_SECONDS:.0f} s ({problem}); its log is {log}")
