@@ -1,0 +1,1 @@
+"""The pipelines, their profiles and the command line."""
