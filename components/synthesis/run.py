@@ -8,15 +8,17 @@ Everything follows from the run's seed: the same seed, configuration and code gi
 from __future__ import annotations
 
 import random
+import shutil
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from components.environments.chat_format import conversation_words
 from components.runtime.contracts import Demonstration, Document, Pointer, TaskRecord
 from components.runtime.errors import InputError
 from components.runtime.stage import StageContext, StageResult
-from components.runtime.task_set import write_task_set
+from components.runtime.task_set import BATTERY, write_task_set
 from components.synthesis.battery import Battery, constant_submissions
 from components.synthesis.config import SynthesisConfig
 from components.synthesis.demonstrations import make_demonstrations
@@ -73,7 +75,8 @@ def run(config: SynthesisConfig, context: StageContext, inputs: dict[str, Pointe
     )
     summary = _summary(tasks, long_tasks, demonstrations, documents, reports)
     context.tracker.metrics({name: value for name, value in summary.items() if isinstance(value, (int, float))}, 0)
-    context.tracker.artifact(directory / "battery.json")
+    if context.tracker.directory:  # the scratch folder is gone before the tracking server has read everything
+        context.tracker.artifact(Path(shutil.copy(directory / BATTERY, context.tracker.directory)))
     pointer = context.publish("task-set", directory, facts=summary)
     return StageResult({"tasks": pointer}, summary)
 

@@ -1,0 +1,211 @@
+"""The stage from its configuration to the published task set, and what reads it."""
+
+import json
+import random
+from collections import Counter
+
+import pytest
+from pydantic import ValidationError
+
+from components.environments.kg_query import KnowledgeGraphQuery
+from components.runtime import task_set
+from components.runtime.errors import InputError
+from components.runtime.object_store import open_store
+from components.runtime.progress import Progress
+from components.runtime.stage import StageContext
+from components.runtime.tracking import Tracker
+from components.synthesis.battery import content_identity, replay
+from components.synthesis.config import SynthesisConfig
+from components.synthesis.demonstrations import make_demonstrations
+from components.synthesis.run import run
+from components.synthesis.splits import split_templates
+
+FAMILY = KnowledgeGraphQuery()
+SMALL = SynthesisConfig(
+    train_tasks=40,
+    validation_tasks=12,
+    test_tasks=54,
+    long_tasks=3,
+    demonstrations=61,
+    validation_demonstrations=10,
+    documents=5,
+    validation_documents=3,
+    test_documents=4,
+)
+
+
+def synthesise(directory, seed=0, config=SMALL):
+    directory.mkdir(parents=True, exist_ok=True)
+    store = open_store(str(directory / "store"))
+    (directory / "work").mkdir(exist_ok=True)
+    context = StageContext("synthesis", "test", seed, directory / "work", store, Tracker(), Progress())
+    result = run(config, context, {})
+    return result, context.fetch(result.outputs["tasks"])
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return synthesise(tmp_path_factory.mktemp("synthesis"))
+
+
+def all_tasks(folder):
+    return [task for split in task_set.SPLITS for task in task_set.read_tasks(folder, split)]
+
+
+def test_sizes_are_what_was_asked_for(made):
+    result, folder = made
+    sizes = [len(task_set.read_tasks(folder, split)) for split in task_set.SPLITS]
+    assert sizes == [40, 12, 54]
+    assert len(task_set.read_long_tasks(folder)) == 3
+    assert [len(task_set.read_demonstrations(folder, split)) for split in ("train", "validation")] == [61, 10]
+    assert [len(task_set.read_documents(folder, split)) for split in task_set.SPLITS] == [5, 3, 4]
+    assert result.summary["train_tasks"] == 40
+    assert result.summary["test_templates"] == 27
+    assert result.summary["mutants_failed_share"] >= 0.9
+
+
+def test_records_are_sound_and_solvable(made):
+    _, folder = made
+    tasks = all_tasks(folder) + task_set.read_long_tasks(folder)
+    assert len({task.id for task in tasks}) == len({content_identity(task) for task in tasks}) == len(tasks)
+    for task in tasks:
+        assert task.id == task.identity()
+        assert replay(FAMILY, task, task.solution).passed
+
+
+def test_templates_are_held_out(made):
+    _, folder = made
+    templates = {split: {task.template for task in task_set.read_tasks(folder, split)} for split in task_set.SPLITS}
+    templates["long"] = {task.template for task in task_set.read_long_tasks(folder)}
+    for split in ("train", "validation"):
+        played = {demonstration.template for demonstration in task_set.read_demonstrations(folder, split)}
+        for other in set(templates) - {split}:
+            assert not played & templates[other]
+            assert not templates[split] & templates[other]
+    assert not templates["test"] & templates["long"]
+    assert len(templates["test"]) == 27
+    assert len({task.template for task in all_tasks(folder) if task.split == "test"}) >= 24
+
+
+def test_test_tasks_are_spread_evenly(made):
+    _, folder = made
+    per_template = Counter(task.template for task in task_set.read_tasks(folder, "test"))
+    assert set(per_template.values()) == {2}
+    kinds = Counter(
+        (task.difficulty["operator"], task.difficulty["hops"]) for task in task_set.read_tasks(folder, "test")
+    )
+    assert set(kinds) == {(operator, hops) for operator in ("name", "count", "list") for hops in (1, 2, 3)}
+    assert set(kinds.values()) == {6}
+
+
+def test_at_most_half_of_the_demonstrations_are_wrong(made):
+    _, folder = made
+    played = task_set.read_demonstrations(folder, "train")
+    assert sum(not demonstration.passed for demonstration in played) == 30  # int(61 / 2)
+    assert all(demonstration.passed == (demonstration.kind == "careful") for demonstration in played)
+    assert {demonstration.kind for demonstration in played} > {"careful", "stops_early", "guesses", "wrong_relation"}
+
+
+@pytest.mark.parametrize("share, expected", [(0.0, 0), (0.25, 5), (0.5, 10)])
+def test_wrong_share(share, expected):
+    played = make_demonstrations(FAMILY, FAMILY.templates(), 20, share, "train", seed=4)
+    assert sum(not demonstration.passed for demonstration in played) == expected
+
+
+def test_demonstrations_are_not_on_the_tasks_of_rl(made):
+    _, folder = made
+    assert not {task.id for task in all_tasks(folder)} & {d.task for d in task_set.read_demonstrations(folder, "train")}
+
+
+def test_every_word_is_in_the_vocabulary(made):
+    _, folder = made
+    words = task_set.read_vocabulary(folder)
+    assert words == sorted(set(words)) == FAMILY.vocabulary()
+    for split in task_set.SPLITS:
+        for document in task_set.read_documents(folder, split):
+            assert set(document.words) <= set(words)
+
+
+def test_battery_report(made):
+    result, folder = made
+    report = task_set.read_battery(folder)["kg_query"]
+    assert report["kept"] == 40 + 12 + 54 + 3
+    assert report["checked"] == report["kept"] + sum(report["removed"].values())
+    assert report["templates_in_two_splits"] == []
+    assert result.summary["battery_removed"] == report["removed"]
+
+
+def test_same_seed_same_bytes_and_another_seed_other_tasks(made, tmp_path):
+    result, folder = made
+    again, folder_again = synthesise(tmp_path / "again")
+    for file in folder.iterdir():
+        if file.name != "manifest.json":
+            assert (folder_again / file.name).read_bytes() == file.read_bytes()
+    assert again.summary == result.summary
+    other, folder_other = synthesise(tmp_path / "other", seed=1)
+    assert not {task.id for task in all_tasks(folder)} & {task.id for task in all_tasks(folder_other)}
+    assert other.summary["train_tasks"] == 40
+
+
+def test_split_depends_on_the_seed_and_keeps_every_kind_for_training():
+    first, second = split_templates(FAMILY, 0, 12, 27), split_templates(FAMILY, 1, 12, 27)
+    assert first == split_templates(FAMILY, 0, 12, 27)
+    assert first["test"] != second["test"]
+    for splits in (first, second):
+        assert sorted(splits["train"] + splits["validation"] + splits["test"]) == sorted(FAMILY.templates())
+        kinds = {(t.count("/"), t.rsplit("/", 1)[1]) for t in splits["train"]}
+        assert len(kinds) == 9
+
+
+@pytest.mark.parametrize(
+    "changes, complaint",
+    [
+        ({"environments": ["no_such_family"]}, "no_such_family.*kg_query"),
+        ({"test_templates": 400}, "leave too few of the 408"),
+        ({"document_words": 100}, "172 to 768 words"),
+    ],
+)
+def test_what_cannot_be_made_is_bad_input(tmp_path, changes, complaint):
+    config = SMALL.model_copy(update={"train_tasks": 2, "demonstrations": 2, **changes})
+    with pytest.raises(InputError, match=complaint):
+        synthesise(tmp_path, config=config)
+    assert not list((tmp_path / "store").rglob("manifest.json"))
+
+
+@pytest.mark.parametrize("changes", [{"wrong_share": 0.6}, {"train_tasks": 0}, {"colour": "red"}, {"environments": []}])
+def test_wrong_configuration(changes):
+    with pytest.raises(ValidationError):
+        SynthesisConfig(**changes)
+
+
+def test_damaged_task_sets_are_refused_by_name(made, tmp_path):
+    _, folder = made
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(ValueError, match="unknown split"):
+        task_set.read_tasks(tmp_path, "dev")
+    with pytest.raises(InputError, match=r"demonstrations.parquet has no record in the split test"):
+        task_set.read_demonstrations(tmp_path, "test")
+    content = (tmp_path / task_set.TASKS).read_bytes()
+    (tmp_path / task_set.TASKS).write_bytes(content[: len(content) // 2])
+    with pytest.raises(InputError, match=r"tasks.parquet is damaged"):
+        task_set.read_tasks(tmp_path, "train")
+    (tmp_path / task_set.TASKS).write_bytes((folder / task_set.DOCUMENTS).read_bytes())
+    with pytest.raises(InputError, match=r"holds a record that is no TaskRecord"):
+        task_set.read_tasks(tmp_path, "train")
+    (tmp_path / task_set.DOCUMENTS).unlink()
+    with pytest.raises(InputError, match=r"documents.parquet does not exist"):
+        task_set.read_documents(tmp_path, "train")
+    (tmp_path / task_set.VOCABULARY).write_text(json.dumps({"a": 1}))
+    with pytest.raises(InputError, match=r"no(t)? a? ?list of words"):
+        task_set.read_vocabulary(tmp_path)
+    (tmp_path / task_set.VOCABULARY).write_text("[")
+    with pytest.raises(InputError, match=r"vocabulary.json is damaged"):
+        task_set.read_vocabulary(tmp_path)
+
+
+def test_wrong_kinds_stay_wrong_on_the_tasks_that_were_kept(made):
+    _, folder = made
+    for task in task_set.read_tasks(folder, "validation"):
+        for kind in set(FAMILY.wrong_kinds(task)) - {"guesses"}:
+            assert not FAMILY.play(task, kind, random.Random(0)).passed
