@@ -1,0 +1,134 @@
+"""The stages of the evaluation room as KFP components. `code` is the digest of a stage's sources: part of its cache key."""
+
+from kfp import dsl
+
+from components.runtime.image import IMAGE
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def evaluation(
+    config: str,
+    code: str,
+    seed: int,
+    tasks: dsl.Input[dsl.Dataset],
+    before: dsl.Input[dsl.Model],
+    after: dsl.Input[dsl.Model],
+    evaluation: dsl.Output[dsl.Artifact],
+    summary: dsl.Output[dsl.Metrics],
+) -> None:
+    """Plays the held-out tasks with both models and measures the sparse attention."""
+    from components.runtime.stage import run_component
+
+    run_component(
+        "evaluation",
+        config,
+        seed,
+        inputs={"tasks": tasks, "before": before, "after": after},
+        outputs={"evaluation": evaluation},
+        summary=summary,
+    )
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def champion(
+    config: str,
+    code: str,
+    seed: int,
+    champion: str,
+    champion_version: str,
+    tasks: dsl.Input[dsl.Dataset],
+    evaluated: dsl.Input[dsl.Artifact],
+    evaluation: dsl.Output[dsl.Artifact],
+    summary: dsl.Output[dsl.Metrics],
+) -> None:
+    """Adds the comparison with the champion (a pointer's JSON, or empty) to the evaluation."""
+    from components.runtime.stage import run_component
+
+    run_component(
+        "champion",
+        config,
+        seed,
+        inputs={"tasks": tasks, "evaluation": evaluated, "champion": champion},
+        outputs={"evaluation": evaluation},
+        summary=summary,
+        run="components.evaluation.champion:run",
+        config_class="components.evaluation.champion:ChampionConfig",
+    )
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def gate(
+    config: str,
+    code: str,
+    seed: int,
+    champion: str,
+    champion_version: str,
+    evaluation: dsl.Input[dsl.Artifact],
+    decision: dsl.OutputPath(str),  # type: ignore[valid-type]
+    verdict: dsl.Output[dsl.Artifact],
+    summary: dsl.Output[dsl.Metrics],
+) -> None:
+    """Decides. `decision` is promoted, rejected or unchanged; `verdict` points to the rules with their numbers."""
+    from pathlib import Path
+
+    from components.runtime.stage import run_component
+
+    result = run_component(
+        "gate",
+        config,
+        seed,
+        inputs={"evaluation": evaluation, "champion": champion},
+        outputs={"verdict": verdict},
+        summary=summary,
+        run="components.evaluation.gate:run",
+        config_class="components.evaluation.gate:GateConfig",
+    )
+    Path(decision).parent.mkdir(parents=True, exist_ok=True)  # type: ignore[arg-type]
+    Path(decision).write_text(result.summary["verdict"])  # type: ignore[arg-type]
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def promotion(
+    config: str,
+    code: str,
+    seed: int,
+    verdict: dsl.Input[dsl.Artifact],
+    champion: dsl.Output[dsl.Model],
+    summary: dsl.Output[dsl.Metrics],
+) -> None:
+    """Moves the registry's aliases."""
+    from components.runtime.stage import run_component
+
+    run_component(
+        "promotion",
+        config,
+        seed,
+        inputs={"verdict": verdict},
+        outputs={"champion": champion},
+        summary=summary,
+        run="components.evaluation.promotion:run",
+        config_class="components.evaluation.promotion:PromotionConfig",
+    )
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def rejected(
+    config: str,
+    code: str,
+    seed: int,
+    verdict: dsl.Input[dsl.Artifact],
+    summary: dsl.Output[dsl.Metrics],
+) -> None:
+    """Fails by name, with the rules that did not hold."""
+    from components.runtime.stage import run_component
+
+    run_component(
+        "rejected",
+        config,
+        seed,
+        inputs={"verdict": verdict},
+        outputs={},
+        summary=summary,
+        run="components.evaluation.rejected:run",
+        config_class="components.evaluation.rejected:RejectedConfig",
+    )
