@@ -1,4 +1,4 @@
-"""The stages of the evaluation room as KFP components. `code` is the digest of a stage's sources: part of its cache key."""
+"""The evaluation room as KFP components. `code` is the digest of a stage's sources: part of its cache key."""
 
 from kfp import dsl
 
@@ -83,8 +83,8 @@ def gate(
         run="components.evaluation.gate:run",
         config_class="components.evaluation.gate:GateConfig",
     )
-    Path(decision).parent.mkdir(parents=True, exist_ok=True)  # type: ignore[arg-type]
-    Path(decision).write_text(result.summary["verdict"])  # type: ignore[arg-type]
+    Path(decision).parent.mkdir(parents=True, exist_ok=True)
+    Path(decision).write_text(result.summary["verdict"])
 
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)

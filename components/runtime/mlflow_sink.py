@@ -7,7 +7,6 @@ for a database; a stage by itself (by hand, or in a pod) uses a `StageSink`.
 
 from __future__ import annotations
 
-import json
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from components.runtime.contracts import Pointer
 from components.runtime.errors import InputError
 from components.runtime.registry import CANDIDATE, Registry, mlflow_client
 from components.runtime.settings import Settings
-from components.runtime.tracking import EVENTS, METRICS
+from components.runtime.tracking import EVENTS, METRICS, Lines
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -25,24 +24,6 @@ EXPERIMENT = "sparseline"
 CANDIDATE_STAGE = "post_training"  # the stage whose checkpoint is what a run wants to promote
 BATCH = 1000  # metrics in one call: MLflow's limit
 PARENT_TAG, STAGE_TAG, RUN_TAG, NAME_TAG = "mlflow.parentRunId", "sparseline.stage", "sparseline.run", "mlflow.runName"
-
-
-class Lines:
-    """Follows a file that grows: each call gives the complete lines that are new."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._position = 0
-
-    def new(self) -> list[dict[str, Any]]:
-        if not self.path.is_file():
-            return []
-        with self.path.open("rb") as stream:
-            stream.seek(self._position)
-            data = stream.read()
-        end = data.rfind(b"\n") + 1
-        self._position += end
-        return [json.loads(line) for line in data[:end].splitlines()]
 
 
 def experiment_id(client: MlflowClient, name: str = EXPERIMENT, artifacts: Path | None = None) -> str:

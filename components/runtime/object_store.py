@@ -122,7 +122,7 @@ class S3Store:
         if address.scheme not in ("http", "https") or not address.netloc:
             raise InputError(f"the S3 endpoint {endpoint!r} is no address; write http://HOST:PORT or https://HOST")
         self.uri = uri.rstrip("/")
-        self.endpoint = endpoint
+        self.endpoint, self.access_key, self.secret_key = endpoint, access_key, secret_key
         self.bucket, self.prefix = parsed.netloc, parsed.path.strip("/")
         http = urllib3.PoolManager(
             timeout=urllib3.Timeout(connect=5.0, read=120.0),

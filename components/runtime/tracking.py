@@ -87,3 +87,21 @@ def read_metrics(directory: Path) -> dict[str, list[tuple[int, float]]]:
                 point = json.loads(line)
                 curves.setdefault(point["name"], []).append((point["step"], point["value"]))
     return curves
+
+
+class Lines:
+    """Follows a file that grows: each call gives the complete lines that are new."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._position = 0
+
+    def new(self) -> list[dict[str, Any]]:
+        if not self.path.is_file():
+            return []
+        with self.path.open("rb") as stream:
+            stream.seek(self._position)
+            data = stream.read()
+        end = data.rfind(b"\n") + 1
+        self._position += end
+        return [json.loads(line) for line in data[:end].splitlines()]

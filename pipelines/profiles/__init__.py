@@ -14,7 +14,7 @@ from components.runtime.errors import InputError
 from components.runtime.stage import parse_config, read_yaml
 from pipelines.stages import STAGES
 
-FOLDER = Path(__file__).resolve().parent / "profiles"
+FOLDER = Path(__file__).resolve().parent
 
 
 class Profile(BaseModel):

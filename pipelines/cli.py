@@ -1,0 +1,141 @@
+"""The command line: `sparseline run`, `sparseline compile`, `sparseline profiles`, `sparseline ui`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from components.runtime import errors
+from components.runtime.errors import InputError
+
+app = typer.Typer(
+    name="sparseline",
+    help="Turns a dense language model into a long-context agent with DeepSeek Sparse Attention.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+RUNS = typer.Option(help="folder of runs", envvar="SPARSELINE_RUNS")
+
+
+@app.command()
+def run(
+    profile: Annotated[str, typer.Option(help="profile by name (`sparseline profiles`), or a .yaml file")] = "nano",
+    seed: Annotated[int, typer.Option(min=0, help="seed of everything random")] = 0,
+    runs: Annotated[Path, RUNS] = Path("runs"),
+    store: Annotated[
+        str,
+        typer.Option(help="s3://BUCKET/PREFIX (MinIO or any S3) or a directory; default: embedded SeaweedFS"),
+    ] = "",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="STAGE.KEY=VALUE, over the profile; may be repeated")
+    ] = None,
+    pipeline: Annotated[Path | None, typer.Option(help="execute this compiled pipeline")] = None,
+    base: Annotated[
+        Path | None, typer.Option(help="start from this checkpoint (a folder, Hugging Face layout)")
+    ] = None,
+    cache: Annotated[bool, typer.Option(help="use results of earlier runs where nothing changed")] = True,
+) -> None:
+    """Run the training pipeline on this machine."""
+    from pipelines.run import RunOptions
+    from pipelines.run import run as run_pipeline
+
+    options = RunOptions(profile, seed, runs, store, set_ or [], pipeline, base, cache)
+    raise typer.Exit(run_pipeline(options, Console()))
+
+
+@app.command("compile")
+def compile_(
+    profile: Annotated[str, typer.Option(help="profile by name, or a .yaml file")] = "nano",
+    output: Annotated[Path, typer.Option(help="the file to write")] = Path("pipeline.yaml"),
+    set_: Annotated[list[str] | None, typer.Option("--set", help="STAGE.KEY=VALUE, over the profile")] = None,
+) -> None:
+    """Write the training pipeline as KFP v2 YAML."""
+    from pipelines import profiles
+
+    configurations = profiles.resolve(profiles.override(profiles.load(profile), set_ or []))
+    from pipelines.training import compile_pipeline
+
+    with errors.disk_errors(output):
+        print(compile_pipeline(configurations, output))
+
+
+@app.command("profiles")
+def profiles_() -> None:
+    """List the profiles."""
+    from pipelines import profiles
+
+    for name in profiles.names():
+        print(f"{name:12} {profiles.load(name).description}")
+
+
+@app.command()
+def ui(
+    runs: Annotated[Path, RUNS] = Path("runs"),
+    port: Annotated[int, typer.Option(min=1, max=65535, help="TCP port on 127.0.0.1")] = 5000,
+) -> None:
+    """Open MLflow on the runs of this machine."""
+    from components.runtime import processes
+    from components.runtime.settings import NO_USAGE_REPORTING
+
+    database = (runs / "mlflow.db").resolve()
+    if not database.is_file():
+        raise InputError(f"{database} does not exist; run `sparseline run` first, or give --runs")
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise InputError(f"port {port} of 127.0.0.1 is in use; give another one by --port") from error
+    command = [
+        sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
+        "--backend-store-uri", f"sqlite:///{database}",
+        "--default-artifact-root", (database.parent / "mlflow-artifacts").as_uri(),
+    ]  # fmt: skip
+    print(f"MLflow: http://127.0.0.1:{port}  (Ctrl-C ends it)")
+    server = processes.start(command, environment={**os.environ, **NO_USAGE_REPORTING})
+    try:
+        code = server.wait()
+    except KeyboardInterrupt:
+        code = 0
+    finally:
+        processes.stop(server)
+    raise typer.Exit(code)
+
+
+def _sigterm(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: exit code 0, 1 fault, 2 bad input, 3 rejected by the gate, 130 stopped."""
+    signal.signal(signal.SIGTERM, _sigterm)
+    try:
+        code = app(arguments, standalone_mode=False)
+    except InputError as error:
+        print(f"sparseline: {error}", file=sys.stderr)
+        sys.exit(errors.EXIT_INPUT)
+    except KeyboardInterrupt:
+        print("sparseline: stopped", file=sys.stderr)
+        sys.exit(errors.EXIT_INTERRUPTED)
+    except typer.Exit as error:
+        sys.exit(error.exit_code)
+    except Exception as error:
+        show = getattr(error, "show", None)
+        if show is not None:  # wrong use of an option: click's own message
+            show()
+            sys.exit(errors.EXIT_INPUT)
+        traceback.print_exc()
+        sys.exit(errors.EXIT_FAULT)
+    sys.exit(code or 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,288 @@
+"""`sparseline run`: executes the compiled training pipeline on this machine and shows what it does.
+
+This process owns the run: it starts the object store, the KFP process and nothing else, follows the files that the
+stages write, carries their records into MLflow, and ends every child however it ends itself.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import psutil
+from rich.console import Console
+
+from components.runtime import artifacts, errors, processes
+from components.runtime.contracts import Pointer
+from components.runtime.embedded_store import embedded_store, weed_program
+from components.runtime.errors import InputError, disk_errors
+from components.runtime.object_store import ObjectStore, S3Store
+from components.runtime.settings import NO_USAGE_REPORTING, Settings, new_run_id
+from components.runtime.stage import write_json
+from pipelines import profiles, report, summary
+from pipelines.code_digest import ROOT
+from pipelines.display import display
+from pipelines.mirror import RunMirror
+from pipelines.watch import RunWatch
+
+POLL_SECONDS = 0.2
+MEMORY_SECONDS = 2.0
+STOP_SECONDS = 3.0
+
+
+@dataclass
+class RunOptions:
+    """What the command line said. `store`: URI or directory, empty for the embedded one."""
+
+    profile: str
+    seed: int
+    runs: Path = Path("runs")
+    store: str = ""
+    settings: list[str] = field(default_factory=list)
+    pipeline: Path | None = None
+    base: Path | None = None
+    use_cache: bool = True
+
+
+def run(options: RunOptions, console: Console) -> int:
+    """Run the pipeline. Returns the exit code: 0, or 1 fault, 2 bad input, 3 rejected by the gate, 130 stopped.
+
+    Raises InputError for whatever is wrong before the first stage starts; nothing is left behind then.
+    """
+    started = time.monotonic()
+    profile = profiles.override(profiles.load(options.profile), options.settings)
+    configurations = profiles.resolve(profile)
+    if options.pipeline and not options.pipeline.is_file():
+        raise InputError(f"the compiled pipeline {options.pipeline} does not exist; write it with `sparseline compile`")
+    if options.base and not (options.base / "config.json").is_file():
+        raise InputError(f"the base checkpoint {options.base} has no config.json; give a folder in Hugging Face layout")
+    runs = options.runs.resolve()
+    surroundings = Settings.read({**os.environ, "SPARSELINE_RUNS": str(runs)})
+    settings = surroundings.model_copy(
+        update={"run_id": new_run_id(), "model": profile.model, "mirrored": True, "mlflow_run_id": ""}
+    )
+    if options.store:
+        settings = settings.model_copy(update={"store": options.store})
+    elif not os.environ.get("SPARSELINE_STORE"):
+        settings = settings.model_copy(update={"store": "" if weed_program() else str(runs / "store")})
+    directory = runs / settings.run_id
+    with ExitStack() as stack:
+        with disk_errors(runs):
+            stack.enter_context(only_run(runs))
+            store_settings, store = stack.enter_context(open_or_embed(settings, directory))
+            directory.mkdir(parents=True, exist_ok=True)
+        write_json(directory / "configurations.json", configurations)
+        execution = stack.enter_context(Execution(directory, options.pipeline))
+        base = publish_base(store, options.base, settings.run_id)
+        mirror = RunMirror.connect(store_settings, options.profile, options.seed)
+        arguments = {
+            "seed": options.seed,
+            "base_checkpoint": base.model_dump_json() if base else "",
+            "champion": mirror.champion.pointer.model_dump_json() if mirror.champion else "",
+            "champion_version": mirror.champion.version if mirror.champion else "",
+        }
+        watch = RunWatch(directory)
+        memory = PeakMemory()
+        title = f"sparseline run, profile {options.profile}, seed {options.seed}, {directory}"
+        interrupted = False
+        try:
+            execution.begin(arguments, store_settings, options.use_cache)
+            with display(console, title) as shown:
+                while True:
+                    ended = execution.ended()
+                    shown.update(watch, watch.poll())
+                    mirror.pump(watch)
+                    memory.sample()
+                    if ended:
+                        break
+                    time.sleep(POLL_SECONDS)  # between two looks at files that grow
+        except KeyboardInterrupt:
+            interrupted = True
+            execution.stop()
+            watch.poll()
+        code, message = outcome(watch, execution, interrupted)
+        status = {0: "finished", 2: "bad input", 3: "rejected", 130: "stopped"}.get(code, "failed")
+        made = summary.summarise(
+            watch,
+            run_id=settings.run_id,
+            profile=options.profile,
+            seed=options.seed,
+            wall_seconds=time.monotonic() - started,
+            peak_bytes=memory.peak,
+            status=status,
+        )
+        write_json(directory / "summary.json", made)
+        page = report.write(directory, made, watch, store)
+        mirror.finish(watch, made, [directory / "summary.json", page, directory / "pipeline.yaml"])
+        point_latest(runs, directory)
+    console.print(summary.table(made))
+    console.print(
+        f"report   {page}\nnumbers  {directory / 'summary.json'}\nMLflow   make ui   ({runs / 'mlflow.db'})",
+        highlight=False,
+    )
+    if message:
+        console.print(message, style="red" if code != 3 else "yellow", markup=False, highlight=False, soft_wrap=True)
+    return code
+
+
+@contextmanager
+def only_run(runs: Path) -> Iterator[None]:
+    """Hold the runs folder. Raises InputError when another run holds it: the store has one owner."""
+    runs.mkdir(parents=True, exist_ok=True)
+    with (runs / ".lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.seek(0)
+            raise InputError(
+                f"another run (process {lock.read().strip() or 'unknown'}) uses {runs}; wait for it, or give --runs"
+            ) from error
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+        yield
+
+
+@contextmanager
+def open_or_embed(settings: Settings, directory: Path) -> Iterator[tuple[Settings, ObjectStore]]:
+    """The store that the settings name, tried out; or, when they name none, the embedded one."""
+    if settings.store:
+        store = settings.open_store()
+        if isinstance(store, S3Store):
+            store.ensure_bucket()
+        probe = f"probe/{settings.run_id}"
+        store.put_bytes(probe, b"sparseline")
+        store.remove(probe)
+        # A directory is given on as a URI: stages may run in another folder.
+        yield settings.model_copy(update={"store": store.uri}), store
+        return
+    with embedded_store(settings.runs / "seaweedfs", settings.runs / "seaweedfs.log") as embedded:
+        values = {
+            "store": embedded.uri,
+            "s3_endpoint": embedded.endpoint,
+            "access_key": embedded.access_key,
+            "secret_key": embedded.secret_key,
+        }
+        yield settings.model_copy(update=values), embedded
+
+
+def publish_base(store: ObjectStore, base: Path | None, run_id: str) -> Pointer | None:
+    """The user's own checkpoint, put into the store so that stages get it by a pointer like any other."""
+    if base is None:
+        return None
+    return artifacts.publish(store, "checkpoint", base, stage="base", run={"sparseline": run_id})
+
+
+class Execution:
+    """The KFP process: compiles, waits for its request, executes."""
+
+    def __init__(self, directory: Path, pipeline: Path | None) -> None:
+        self.directory = directory
+        self.log = directory / "pipeline.log"
+        self.pipeline = directory / "pipeline.yaml"
+        if pipeline:
+            self.pipeline.write_bytes(pipeline.read_bytes())
+        self._output: IO[bytes] = self.log.open("wb")
+        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {
+            **os.environ,
+            **NO_USAGE_REPORTING,
+            "PYTHONPATH": os.pathsep.join(paths),
+            "PYTHONUNBUFFERED": "1",
+            processes.OWNER: processes.identity(),
+        }
+        self.process = processes.start(
+            [sys.executable, "-m", "pipelines.execute", str(directory)],
+            environment=environment,
+            stdin=subprocess.PIPE,
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+        )
+
+    def __enter__(self) -> Execution:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+        self._output.close()
+
+    def begin(self, arguments: dict[str, Any], settings: Settings, use_cache: bool) -> None:
+        request = {"arguments": arguments, "environment": settings.environment(), "cache": use_cache}
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(json.dumps(request).encode() + b"\n")
+            self.process.stdin.close()
+        except BrokenPipeError:
+            pass  # it ended already; `outcome` reads why in its log
+
+    def ended(self) -> bool:
+        return self.process.poll() is not None
+
+    def stop(self) -> None:
+        """End the KFP process with every stage below it. Finished stages are in the cache already."""
+        processes.stop(self.process, seconds=STOP_SECONDS)
+
+
+def outcome(watch: RunWatch, execution: Execution, interrupted: bool) -> tuple[int, str]:
+    """The run's exit code, and a message for a person when it is not 0."""
+    if interrupted:
+        return errors.EXIT_INTERRUPTED, "stopped; run the same command again to go on after the last finished stage"
+    failed = watch.failed
+    if failed:
+        message = f"{failed.name}: {failed.failure['message']}"
+        if failed.failure["kind"] == "fault":
+            message += f"\nthe traceback is in {execution.log}"
+        return int(failed.failure["exit_code"]), message
+    if execution.process.returncode != 0:
+        return errors.EXIT_FAULT, f"the pipeline failed; the end of {execution.log}:\n{tail(execution.log)}"
+    missing = [name for name in ("gate", "promotion", "serving") if watch.stages[name].state not in ("done", "cached")]
+    if missing:
+        return errors.EXIT_FAULT, (
+            f"the pipeline ended without {', '.join(missing)}: {execution.pipeline} is not the whole pipeline; "
+            "write it again with `sparseline compile`"
+        )
+    return 0, ""
+
+
+def tail(path: Path, lines: int = 15) -> str:
+    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
+
+
+def point_latest(runs: Path, directory: Path) -> None:
+    """`runs/latest` names the newest run; replaced in one step."""
+    incomplete = runs / ".latest"
+    incomplete.unlink(missing_ok=True)
+    incomplete.symlink_to(directory.name, target_is_directory=True)
+    incomplete.replace(runs / "latest")
+
+
+class PeakMemory:
+    """The largest sum of PSS (resident memory, shared pages counted once) of this process and all below it."""
+
+    def __init__(self) -> None:
+        self.peak = 0
+        self._last = float("-inf")
+
+    def sample(self) -> None:
+        now = time.monotonic()
+        if now - self._last < MEMORY_SECONDS:
+            return
+        self._last = now
+        total = 0
+        own = psutil.Process()
+        for process in [own, *own.children(recursive=True)]:
+            try:
+                information = process.memory_full_info()
+            except (psutil.NoSuchProcess, psutil.AccessDenied):  # it ended while we looked
+                continue
+            total += getattr(information, "pss", information.rss)
+        self.peak = max(self.peak, total)
