@@ -67,7 +67,7 @@ def mutants(task: TaskRecord, words: Sequence[str], number: int, rng: random.Ran
             mutant = solution[:at] + solution[at + 1 :]
         else:
             mutant = [*solution[:at], _changed(solution[at], words, rng), *solution[at + 1 :]]
-        if not _same(mutant, solution):
+        if mutant != solution:
             found.setdefault(_key(mutant), mutant)
     return list(found.values())
 
@@ -76,15 +76,13 @@ def _key(calls: Sequence[ToolCall]) -> str:
     return canonical_json([call.model_dump(mode="json") for call in calls])
 
 
-def _same(mutant: Sequence[ToolCall], solution: Sequence[ToolCall]) -> bool:
-    """Whether the mutant is the solution again: equal, or an array argument only reordered (a set stays a set)."""
+def _same_value(one: ToolCall, other: ToolCall) -> bool:
+    """Whether two submissions say the same, arrays taken as sets."""
 
-    def key(calls: Sequence[ToolCall]) -> list[Any]:
-        return [
-            (call.name, [sorted(v) if isinstance(v, list) else v for v in call.arguments.values()]) for call in calls
-        ]
+    def value(call: ToolCall) -> list[Any]:
+        return [sorted(v) if isinstance(v, list) else v for v in call.arguments.values()]
 
-    return key(mutant) == key(solution)
+    return value(one) == value(other)
 
 
 def _changed(call: ToolCall, words: Sequence[str], rng: random.Random) -> ToolCall:
@@ -141,7 +139,7 @@ class Battery:
         operator = str(task.difficulty["operator"])
         self.operators[operator] += 1
         constant = self.constant.get(operator)
-        self.constant_value_right[operator] += constant is not None and _same([constant], task.solution[-1:])
+        self.constant_value_right[operator] += constant is not None and _same_value(constant, task.solution[-1])
         return True
 
     def _record(self, task: TaskRecord) -> bool:

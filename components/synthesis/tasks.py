@@ -11,7 +11,7 @@ from components.synthesis.battery import Battery
 from components.synthesis.family import Family, Split
 from components.synthesis.splits import draw_template, kinds_of_template
 
-_DRAWS_PER_TASK = 20
+_DRAWS_PER_TASK = 10
 
 
 def make_tasks(

@@ -357,6 +357,9 @@ def test_state_is_a_value():
         assert first.state_hash() == second.state_hash()
         seen.append(first.state_hash())
     assert len(set(seen)) == len(seen)
+    third = FAMILY.reset(task)
+    third.step(look("ada", "works_in", 2))
+    assert third.state_hash() != seen[1]  # another call, as many calls
 
 
 def test_same_seed_same_records_in_another_process():

@@ -127,6 +127,24 @@ def test_verifier_that_only_compares_the_value():
     assert first_removal(Family(), task) == "mutants"
 
 
+def test_verifier_that_lets_some_mutants_through():
+    """It forgives one page of four, which about a quarter of the mutants are about."""
+
+    class Family(Lenient):
+        rule = staticmethod(
+            lambda episode: (
+                episode.submission == episode.verifier["answer"]
+                and {tuple(lookup) for lookup in episode.verifier["lookups"]} - episode.read
+                <= {tuple(episode.verifier["lookups"][0])}
+            )
+        )
+
+    judge = battery(Family())
+    assert not any(judge.keeps(FAMILY.generate("works_in/led_by/lives_in/name", seed, "train")) for seed in range(5))
+    assert judge.removed["mutants"] == 5
+    assert 0.5 < judge.report()["mutants_failed_share"] < 0.9
+
+
 def test_verifier_or_state_that_disagrees_with_itself():
     ticks = itertools.count()
 
@@ -174,16 +192,6 @@ def test_mutants_differ_from_the_solution_and_from_each_other(template):
             assert not replay(FAMILY, task, calls).passed
 
 
-def test_reordered_sets_are_no_mutants():
-    """A list in another order is the same answer; counting it as a mutant that passes would accuse the verifier."""
-    for seed in range(10):
-        task = FAMILY.generate("works_in/part_of/offices/list", seed, "train")
-        answer = sorted(task.solution[-1].arguments["answer"])
-        for calls in mutants(task, task.solution[-1].arguments["answer"], 30, random.Random(seed)):
-            changed = [call.arguments["answer"] for call in calls if call.name == "submit"]
-            assert calls[:-1] != task.solution[:-1] or sorted(changed[0]) != answer
-
-
 def test_constant_player_says_what_is_most_often_right():
     tasks = [
         FAMILY.generate(template, seed, "train") for template in ("offices/count", "offices/list") for seed in range(80)
@@ -193,3 +201,14 @@ def test_constant_player_says_what_is_most_often_right():
     most = max(counts.count(value) for value in set(counts))
     assert counts.count(constant["count"].arguments["answer"][0]) == most
     assert set(constant) == {"count", "list"}
+
+
+def test_constant_player_is_right_by_value_and_fails_all_the_same():
+    """The report says how often the constant answer is the right one, a set in any order; the tasks are kept."""
+    task = FAMILY.generate("works_in/part_of/offices/list", 2, "train")
+    answer = task.solution[-1].arguments["answer"]
+    assert len(answer) > 1
+    judge = battery(FAMILY, {"list": ToolCall(name="submit", arguments={"answer": answer[::-1]})})
+    assert judge.keeps(task)
+    assert judge.keeps(FAMILY.generate("works_in/part_of/offices/list", 3, "train"))
+    assert judge.report()["constant_value_right_share"] == {"list": 0.5}

@@ -14,11 +14,12 @@ from components.runtime.object_store import open_store
 from components.runtime.progress import Progress
 from components.runtime.stage import StageContext
 from components.runtime.tracking import Tracker
-from components.synthesis.battery import content_identity, replay
+from components.synthesis.battery import Battery, content_identity, replay
 from components.synthesis.config import SynthesisConfig
 from components.synthesis.demonstrations import make_demonstrations
 from components.synthesis.run import run
 from components.synthesis.splits import split_templates
+from components.synthesis.tasks import make_tasks
 
 FAMILY = KnowledgeGraphQuery()
 SMALL = SynthesisConfig(
@@ -112,6 +113,46 @@ def test_wrong_share(share, expected):
     assert sum(not demonstration.passed for demonstration in played) == expected
 
 
+class Lucky(KnowledgeGraphQuery):
+    """Every second wrong demonstration is right by luck."""
+
+    plays = 0
+
+    def play(self, task, kind, rng):
+        if kind == "careful":
+            return super().play(task, kind, rng)
+        self.plays += 1
+        played = super().play(task, "careful" if self.plays % 2 else "guesses", rng)
+        return played.model_copy(update={"kind": kind})
+
+
+def test_wrong_teachers_that_pass_by_luck_are_drawn_again():
+    family = Lucky()
+    played = make_demonstrations(family, family.templates(), 20, 0.5, "train", seed=4)
+    assert family.plays == 20
+    assert all(demonstration.passed == (demonstration.kind == "careful") for demonstration in played)
+    assert sum(not demonstration.passed for demonstration in played) == 10
+
+
+def test_a_careful_teacher_that_fails_is_a_fault():
+    class Broken(KnowledgeGraphQuery):
+        def play(self, task, kind, rng):
+            return super().play(task, kind, rng).model_copy(update={"passed": False})
+
+    with pytest.raises(RuntimeError, match="careful teacher fails on template"):
+        make_demonstrations(Broken(), FAMILY.templates(), 4, 0.5, "train", seed=0)
+
+
+def test_removed_tasks_are_replaced_until_there_are_no_more():
+    """One program of one hop has 10 x 9 facts in 3 wordings: 150 draws repeat some, 150 + 121 tasks cannot exist."""
+    battery = Battery(FAMILY, {}, mutants=4, random_plays=1)
+    tasks = make_tasks(FAMILY, ["replaces/name"], 150, "validation", 0, battery)
+    assert len({content_identity(task) for task in tasks}) == len(tasks) == 150
+    assert battery.removed["duplicate"] > 10
+    with pytest.raises(InputError, match=r"of 121 test tasks of kg_query passed the battery .*'duplicate': \d+"):
+        make_tasks(FAMILY, ["replaces/name"], 121, "test", 0, battery)
+
+
 def test_demonstrations_are_not_on_the_tasks_of_rl(made):
     _, folder = made
     assert not {task.id for task in all_tasks(folder)} & {d.task for d in task_set.read_demonstrations(folder, "train")}
@@ -151,7 +192,7 @@ def test_split_depends_on_the_seed_and_keeps_every_kind_for_training():
     first, second = split_templates(FAMILY, 0, 12, 27), split_templates(FAMILY, 1, 12, 27)
     assert first == split_templates(FAMILY, 0, 12, 27)
     assert first["test"] != second["test"]
-    for splits in (first, second):
+    for splits in (first, second, split_templates(FAMILY, 0, 100, 200)):
         assert sorted(splits["train"] + splits["validation"] + splits["test"]) == sorted(FAMILY.templates())
         kinds = {(t.count("/"), t.rsplit("/", 1)[1]) for t in splits["train"]}
         assert len(kinds) == 9
@@ -170,6 +211,26 @@ def test_what_cannot_be_made_is_bad_input(tmp_path, changes, complaint):
     with pytest.raises(InputError, match=complaint):
         synthesise(tmp_path, config=config)
     assert not list((tmp_path / "store").rglob("manifest.json"))
+
+
+TINY = SMALL.model_copy(update={"train_tasks": 4, "demonstrations": 4, "test_tasks": 4, "long_tasks": 0})
+
+
+def test_a_template_in_two_splits_is_a_fault(tmp_path, monkeypatch):
+    shared = {"train": ["works_in/name", "uses/list"], "validation": ["based_in/name"], "test": ["works_in/name"]}
+    monkeypatch.setattr("components.synthesis.run.split_templates", lambda *arguments: shared)
+    with pytest.raises(RuntimeError, match=r"share templates: \['works_in/name'\]"):
+        synthesise(tmp_path, config=TINY)
+
+
+def test_a_word_that_the_vocabulary_lacks_is_a_fault(tmp_path, monkeypatch):
+    class Forgetful(KnowledgeGraphQuery):
+        def vocabulary(self):
+            return [word for word in super().vocabulary() if word not in ("more", "twinned_with")]
+
+    monkeypatch.setattr("components.synthesis.family.environment", lambda name: Forgetful())
+    with pytest.raises(RuntimeError, match=r"outside the environments' vocabulary\(\): more twinned_with"):
+        synthesise(tmp_path, config=TINY.model_copy(update={"demonstrations": 60}))
 
 
 @pytest.mark.parametrize("changes", [{"wrong_share": 0.6}, {"train_tasks": 0}, {"colour": "red"}, {"environments": []}])
