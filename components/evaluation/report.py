@@ -93,11 +93,12 @@ class DepthBin(Contract):
 class IndexerRecall(Contract):
     """Share of the evidence that the indexer selects where the first answer token is predicted."""
 
-    layer: int = Field(description="layer with the best recall on validation documents")
+    layer: int = Field(description="layer with the best recall of all evidence words on validation documents")
     all_words: Interval = Field(description="evidence at least 2 * top_k back; documents resampled; n is questions")
+    answer_layer: int = Field(description="layer with the best recall of the answer's word on validation documents")
     answer_word: Interval = Field(description="the same for the evidence words that the answer repeats")
-    by_layer: list[float] = Field(description="all_words by layer on the test documents")
-    validation_by_layer: list[float]
+    by_layer: dict[str, list[float]] = Field(description="test recall by layer: all_words, answer_word")
+    validation_by_layer: dict[str, list[float]]
     depth: list[DepthBin]
 
 

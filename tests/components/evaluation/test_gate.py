@@ -73,9 +73,10 @@ def make_report(
         indexer_recall=IndexerRecall(
             layer=1,
             all_words=flat,
+            answer_layer=1,
             answer_word=flat,
-            by_layer=[0.1, 0.9],
-            validation_by_layer=[0.1, 0.9],
+            by_layer={"all_words": [0.1, 0.9], "answer_word": [0.1, 0.9]},
+            validation_by_layer={"all_words": [0.1, 0.9], "answer_word": [0.1, 0.9]},
             depth=[DepthBin(low=64, high=128, all_words=1.0, answer_word=1.0, n=3)],
         ),
         logprob_gap=1e-6,

@@ -1,0 +1,243 @@
+"""Evaluation: held-out tasks with the models before and after RL, and the sparse attention on held-out documents.
+
+python -m components.evaluation --config evaluation.yaml
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from components.evaluation import long_context
+from components.evaluation.compare import Bootstrap
+from components.evaluation.config import EvaluationConfig
+from components.evaluation.play import Item, Player, logprob_gap, play, write_items
+from components.evaluation.report import (
+    ITEMS_FILE,
+    BestTemperature,
+    CrossEntropy,
+    EvaluationReport,
+    IndexerRecall,
+    PassAt1,
+    Sides,
+)
+from components.rollouts import EpisodeResult
+from components.rollouts.loop import transcript
+from components.runtime.contracts import Document, Pointer, TaskRecord
+from components.runtime.stage import StageContext, StageResult
+from components.runtime.task_set import read_documents, read_long_tasks, read_tasks
+from model.engine import Trajectory
+
+SAMPLED = 1.0  # the temperature of the main measure: the distribution that RL trained
+
+
+def run(config: EvaluationConfig, context: StageContext, inputs: dict[str, Pointer]) -> StageResult:
+    """Stage `evaluation`. inputs: tasks, before, after; outputs: evaluation (evaluation.json, items.parquet).
+
+    Raises InputError when the task set has too little for what the configuration asks, or a checkpoint is damaged.
+    """
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    task_set = context.fetch(inputs["tasks"])
+    before = Player.load("before", context.fetch(inputs["before"]))
+    after = Player.load("after", context.fetch(inputs["after"]))
+    bootstrap = Bootstrap(config.resamples, config.confidence, context.seed)
+    tasks = first_of_each_family(read_tasks(task_set, "test"), config.pairs)
+
+    games = _Games(config, context)
+    sampled = {player.name: games.play(player, tasks, "sampled", SAMPLED) for player in (before, after)}
+    greedy = {player.name: games.play(player, tasks, "greedy", 0.0) for player in (before, after)}
+    best = _best_temperature(games, before, task_set, tasks, sampled["before"], sampled["after"], bootstrap)
+    long = _long_tasks(games, before, after, task_set, bootstrap)
+    ce, ce_answers, recall, documents = _long_context(after, task_set, config, context, bootstrap)
+
+    report = EvaluationReport(
+        tasks=inputs["tasks"],
+        before=inputs["before"],
+        candidate=inputs["after"],
+        seed=context.seed,
+        confidence=config.confidence,
+        resamples=config.resamples,
+        templates=len({(task.environment, task.template) for task in tasks}),
+        top_k=after.model.config.index_topk,
+        document_words=max(len(document.words) for document in documents),
+        pass_at_1=PassAt1(
+            **dict(bootstrap.sides(sampled["before"], sampled["after"])),
+            families=bootstrap.families(sampled["before"], sampled["after"]),
+            before_best_temperature=best,
+        ),
+        pass_at_1_long=long,
+        greedy=bootstrap.sides(greedy["before"], greedy["after"]),
+        ce=ce,
+        ce_answers=ce_answers,
+        indexer_recall=recall,
+        logprob_gap=max(logprob_gap(player.model, games.trajectories[player.name]) for player in (before, after)),
+    )
+    directory = context.work_dir / "evaluation"
+    directory.mkdir(exist_ok=True)
+    report.write(directory)
+    write_items(games.items, directory / ITEMS_FILE)
+    context.tracker.artifact(directory / "evaluation.json")
+    summary = summarise(report)
+    context.tracker.metrics(_numbers(summary), 0)
+    pointer = context.publish("evaluation", directory, parents=list(inputs.values()))
+    return StageResult({"evaluation": pointer}, summary)
+
+
+def first_of_each_family(tasks: Sequence[TaskRecord], number: int) -> list[TaskRecord]:
+    """The first `number` tasks of each family. Synthesis deals templates in turn, so they share alike."""
+    taken: dict[str, list[TaskRecord]] = {}
+    for task in tasks:
+        of_family = taken.setdefault(task.environment, [])
+        if len(of_family) < number:
+            of_family.append(task)
+    return [task for family in sorted(taken) for task in taken[family]]
+
+
+class _Games:
+    """Plays, and keeps every record; the display shows an episode now and then."""
+
+    def __init__(self, config: EvaluationConfig, context: StageContext) -> None:
+        self.config, self.context = config, context
+        self.items: list[Item] = []
+        self.trajectories: dict[str, list[Trajectory]] = {}
+
+    def play(self, player: Player, tasks: Sequence[TaskRecord], measure: str, temperature: float) -> list[Item]:
+        self.context.progress.phase(f"{measure} play, {player.name}, temperature {temperature:g}")
+        items, trajectories = play(
+            player,
+            tasks,
+            measure=measure,
+            temperature=temperature,
+            seed=self.context.seed,
+            max_sequences=self.config.max_sequences,
+            on_episode=self._shower(len(tasks)),
+        )
+        if measure == "sampled" and temperature == SAMPLED:
+            self.trajectories[player.name] = trajectories[: self.config.logprob_trajectories]
+        self.items += items
+        return items
+
+    def _shower(self, total: int) -> Callable[[EpisodeResult], None]:
+        done, passed = 0, 0
+
+        def show(result: EpisodeResult) -> None:
+            nonlocal done, passed
+            done, passed = done + 1, passed + result.verdict.passed
+            self.context.progress.update(done, total, {"pass@1": passed / done})
+            if done % 50 == 1:
+                self.context.progress.episode(transcript(result))
+
+        return show
+
+
+def _best_temperature(
+    games: _Games,
+    before: Player,
+    task_set: Path,
+    tasks: Sequence[TaskRecord],
+    sampled_before: list[Item],
+    sampled_after: list[Item],
+    bootstrap: Bootstrap,
+) -> BestTemperature:
+    """The model before RL at its best validation temperature, so that RL is not credited for a sharper distribution."""
+    validation = first_of_each_family(read_tasks(task_set, "validation"), games.config.validation_tasks)
+    rates = {
+        temperature: bootstrap.mean(games.play(before, validation, "validation", temperature))
+        for temperature in games.config.temperatures
+    }
+    best = max(rates, key=lambda temperature: rates[temperature].mean)
+    items = sampled_before if best == SAMPLED else games.play(before, tasks, "sampled", best)
+    return BestTemperature(
+        temperature=best,
+        validation={f"{temperature:g}": rate for temperature, rate in rates.items()},
+        test=bootstrap.rate(items),
+        difference=bootstrap.difference(items, sampled_after),
+    )
+
+
+def _long_tasks(games: _Games, before: Player, after: Player, task_set: Path, bootstrap: Bootstrap) -> Sides | None:
+    """Both models on tasks longer than any in training, or None when the task set has none."""
+    tasks = first_of_each_family(read_long_tasks(task_set), games.config.long_tasks)
+    if not tasks:
+        return None
+    played = [games.play(player, tasks, "long", SAMPLED) for player in (before, after)]
+    return bootstrap.sides(*played)
+
+
+def _long_context(
+    after: Player, task_set: Path, config: EvaluationConfig, context: StageContext, bootstrap: Bootstrap
+) -> tuple[CrossEntropy, CrossEntropy, IndexerRecall, list[Document]]:
+    """Cross-entropy by kind of attention (all words, answers), and the indexer's recall."""
+    documents = read_documents(task_set, "test")[: config.documents]
+    validation = read_documents(task_set, "validation")[: config.validation_documents]
+    context.progress.phase("long documents")
+    total, done = (len(long_context.KINDS) + 1) * len(documents) + len(validation), 0
+
+    def tick(number: int) -> None:
+        nonlocal done
+        done += number
+        context.progress.update(done, total)
+
+    by_kind = {
+        kind: long_context.losses(
+            after.model, after.tokenizer, documents, kind, batch=config.document_batch, seed=context.seed, tick=tick
+        )
+        for kind in long_context.KINDS
+    }
+    found = {
+        split: long_context.evidence_found(after.model, after.tokenizer, group, batch=config.document_batch, tick=tick)
+        for split, group in (("validation", validation), ("test", documents))
+    }
+    recall = long_context.indexer_recall(
+        found["validation"], found["test"], bootstrap, top_k=after.model.config.index_topk
+    )
+    return (
+        long_context.cross_entropy(by_kind, bootstrap, answers_only=False),
+        long_context.cross_entropy(by_kind, bootstrap, answers_only=True),
+        recall,
+        documents,
+    )
+
+
+def summarise(report: EvaluationReport) -> dict[str, Any]:
+    """The key numbers; evaluation.json has the rest."""
+
+    def numbers(ce: CrossEntropy) -> dict[str, Any]:
+        means = {kind: getattr(ce, kind) for kind in long_context.KINDS}
+        return means | {"gap": ce.gap.mean, "window_gap": ce.window_gap.mean, "random_gap": ce.random_gap.mean}
+
+    recall = report.indexer_recall
+    summary: dict[str, Any] = {
+        "pass_at_1": report.pass_at_1.model_dump(),
+        "greedy": {
+            "before": report.greedy.before.macro,
+            "after": report.greedy.after.macro,
+            "difference": report.greedy.difference.model_dump(),
+        },
+        "ce": numbers(report.ce) | {"answers": numbers(report.ce_answers)},
+        "indexer_recall": recall.all_words.mean,
+        "indexer_recall_answer_word": recall.answer_word.mean,
+        "indexer_layer": recall.layer,
+        "logprob_gap": report.logprob_gap,
+        "templates": report.templates,
+        "top_k": report.top_k,
+        "document_words": report.document_words,
+    }
+    if report.pass_at_1_long:
+        summary["pass_at_1_long"] = report.pass_at_1_long.model_dump()
+    return summary
+
+
+def _numbers(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """Every number of a nested summary under a dotted name."""
+    found: dict[str, float] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            found |= _numbers(value, f"{prefix}{name}.")
+        elif isinstance(value, (int, float)):
+            found[f"{prefix}{name}"] = float(value)
+    return found
