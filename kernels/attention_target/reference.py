@@ -13,7 +13,7 @@ def attention_target(q_THD: torch.Tensor, k_SGD: torch.Tensor, indices_TK: torch
     target_TK = torch.zeros(tokens, keep, dtype=dtype, device=q_THD.device)
     if tokens == 0 or keep == 0:
         return target_TK
-    for a, b in query_chunks(tokens, keep * (groups * dim + heads)):
+    for a, b in query_chunks(tokens, keep * (groups * dim + heads), q_THD.device):
         k_TGKD = gather_rows(k_SGD.flatten(1), indices_TK[a:b]).view(b - a, keep, groups, dim).transpose(1, 2).to(dtype)
         q_TGhD = q_THD[a:b].view(b - a, groups, heads // groups, dim).to(dtype) * scale
         p_TGhK, _ = masked_softmax(q_TGhD @ k_TGKD.transpose(2, 3), (indices_TK[a:b] >= 0)[:, None, None])

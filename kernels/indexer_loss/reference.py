@@ -47,7 +47,7 @@ def indexer_loss_sparse(q_TIE, k_SE, weight_TI, indices_TK, target_TK) -> tuple[
     valid_rows = (indices_TK >= 0).any(-1).sum()
     if indices_TK.numel() == 0:
         return (q_TIE.sum() * 0 + k_SE.sum() * 0 + weight_TI.sum() * 0).to(compute_dtype(q_TIE.dtype)), valid_rows
-    chunks = query_chunks(q_TIE.shape[0], indices_TK.shape[1] * (q_TIE.shape[1] + q_TIE.shape[2]))
+    chunks = query_chunks(q_TIE.shape[0], indices_TK.shape[1] * (q_TIE.shape[1] + q_TIE.shape[2]), q_TIE.device)
     sums = [
         recomputed(_sparse_chunk, len(chunks), q_TIE[a:b], k_SE, weight_TI[a:b], indices_TK[a:b], target_TK[a:b])
         for a, b in chunks

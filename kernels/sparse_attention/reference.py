@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-# Elements that one chunk of queries gathers (x 4 bytes = 4 MiB in fp32).
+# Elements that one chunk of queries gathers: 4 MiB in fp32 on a CPU, half a GiB on a GPU, which wants wide launches.
 CHUNK_ELEMENTS = 1 << 20
+GPU_CHUNK_ELEMENTS = 1 << 27
 
 
-def query_chunks(rows: int, elements_per_row: int) -> list[tuple[int, int]]:
-    step = max(1, CHUNK_ELEMENTS // max(1, elements_per_row))
+def query_chunks(rows: int, elements_per_row: int, device: torch.device) -> list[tuple[int, int]]:
+    budget = GPU_CHUNK_ELEMENTS if device.type == "cuda" else CHUNK_ELEMENTS
+    step = max(1, budget // max(1, elements_per_row))
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
@@ -115,47 +117,63 @@ class _SparseAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_out_THV, d_lse_TH):
         q_THD, k_SGD, v_SGV, sink_H, indices_TK = ctx.saved_tensors
-        scale, value_dim = ctx.scale, ctx.value_dim
-        (heads, dim), groups = q_THD.shape[1:], k_SGD.shape[1]
-        dtype = compute_dtype(q_THD.dtype)
-        d_q = torch.empty_like(q_THD)
-        d_k = torch.zeros(k_SGD.shape, dtype=dtype, device=q_THD.device)
-        d_v = None if v_SGV is None else torch.zeros(v_SGV.shape, dtype=dtype, device=q_THD.device)
-        d_sink = None if sink_H is None else torch.zeros(heads, dtype=dtype, device=q_THD.device)
-        for a, b in _chunks(q_THD, k_SGD, value_dim, indices_TK):
-            indices = indices_TK[a:b]
-            k_BKD = _gather_grouped(k_SGD, indices, dtype)
-            v_BKV = k_BKD[..., :value_dim] if v_SGV is None else _gather_grouped(v_SGV, indices, dtype)
-            q_BhD = _group_heads(q_THD[a:b], groups, dtype) * scale
-            p_BhK, lse_Bh = _probabilities(q_BhD, k_BKD, indices)
-            empty = torch.isneginf(lse_Bh).unsqueeze(-1)
-            d_out_BhV = _group_heads(d_out_THV[a:b], groups, dtype).masked_fill(empty, 0.0)
-            shared_BhK = p_BhK
-            if sink_H is not None:
-                factor_TH = sink_factor(lse_Bh.view(b - a, heads), sink_H)
-                shared_BhK = p_BhK * factor_TH.reshape(*lse_Bh.shape, 1)
-            d_p_BhK = torch.bmm(d_out_BhV, v_BKV.transpose(1, 2)).masked_fill(empty, 0.0)
-            delta_Bh1 = (shared_BhK * d_p_BhK).sum(-1, keepdim=True)
-            d_s_BhK = shared_BhK * (d_p_BhK - delta_Bh1)
-            d_s_BhK += p_BhK * d_lse_TH[a:b].reshape(*lse_Bh.shape, 1).to(dtype)
-            if sink_H is not None:
-                d_sink -= (delta_Bh1.view(b - a, heads) * (1 - factor_TH)).sum(0)
-            d_q_BhD = torch.bmm(d_s_BhK, k_BKD).masked_fill(empty, 0.0) * scale
-            d_q[a:b] = d_q_BhD.view(b - a, heads, dim)
-            if d_v is None:
-                padded_BhD = torch.nn.functional.pad(d_out_BhV, (0, dim - value_dim))
-                both_BKh = torch.cat([d_s_BhK, shared_BhK], 1).transpose(1, 2)
-                _scatter(d_k, torch.bmm(both_BKh, torch.cat([q_BhD, padded_BhD], 1)), indices)
-            else:
-                _scatter(d_k, torch.bmm(d_s_BhK.transpose(1, 2), q_BhD), indices)
-                _scatter(d_v, torch.bmm(shared_BhK.transpose(1, 2), d_out_BhV), indices)
-        d_v = None if d_v is None else d_v.to(v_SGV.dtype)
-        return d_q, d_k.to(k_SGD.dtype), d_v, None if d_sink is None else d_sink.to(sink_H.dtype), None, None, None
+        d_q, d_k, d_v, d_sink = gradients(q_THD, k_SGD, v_SGV, sink_H, indices_TK, ctx.scale, ctx.value_dim, d_out_THV,
+        d_lse_TH) return d_q, d_k, d_v, d_sink, None, None, None
+
+
+def gradients(
+    q_THD: torch.Tensor,
+    k_SGD: torch.Tensor,
+    v_SGV: torch.Tensor | None,
+    sink_H: torch.Tensor | None,
+    indices_TK: torch.Tensor,
+    scale: float,
+    value_dim: int,
+    d_out_THV: torch.Tensor,
+    d_lse_TH: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Of q, k (and of v through it where v is None), v and sink; recomputes what the forward pass did not save."""
+    (heads, dim), groups = q_THD.shape[1:], k_SGD.shape[1]
+    dtype = compute_dtype(q_THD.dtype)
+    d_q = torch.empty_like(q_THD)
+    d_k = torch.zeros(k_SGD.shape, dtype=dtype, device=q_THD.device)
+    d_v = None if v_SGV is None else torch.zeros(v_SGV.shape, dtype=dtype, device=q_THD.device)
+    d_sink = None if sink_H is None else torch.zeros(heads, dtype=dtype, device=q_THD.device)
+    for a, b in _chunks(q_THD, k_SGD, value_dim, indices_TK):
+        indices = indices_TK[a:b]
+        k_BKD = _gather_grouped(k_SGD, indices, dtype)
+        v_BKV = k_BKD[..., :value_dim] if v_SGV is None else _gather_grouped(v_SGV, indices, dtype)
+        q_BhD = _group_heads(q_THD[a:b], groups, dtype) * scale
+        p_BhK, lse_Bh = _probabilities(q_BhD, k_BKD, indices)
+        empty = torch.isneginf(lse_Bh).unsqueeze(-1)
+        d_out_BhV = _group_heads(d_out_THV[a:b], groups, dtype).masked_fill(empty, 0.0)
+        shared_BhK = p_BhK
+        if sink_H is not None:
+            factor_TH = sink_factor(lse_Bh.view(b - a, heads), sink_H)
+            shared_BhK = p_BhK * factor_TH.reshape(*lse_Bh.shape, 1)
+        d_p_BhK = torch.bmm(d_out_BhV, v_BKV.transpose(1, 2)).masked_fill(empty, 0.0)
+        delta_Bh1 = (shared_BhK * d_p_BhK).sum(-1, keepdim=True)
+        d_s_BhK = shared_BhK * (d_p_BhK - delta_Bh1)
+        d_s_BhK += p_BhK * d_lse_TH[a:b].reshape(*lse_Bh.shape, 1).to(dtype)
+        if sink_H is not None:
+            d_sink -= (delta_Bh1.view(b - a, heads) * (1 - factor_TH)).sum(0)
+        d_q_BhD = torch.bmm(d_s_BhK, k_BKD).masked_fill(empty, 0.0) * scale
+        d_q[a:b] = d_q_BhD.view(b - a, heads, dim)
+        if d_v is None:
+            padded_BhD = torch.nn.functional.pad(d_out_BhV, (0, dim - value_dim))
+            both_BKh = torch.cat([d_s_BhK, shared_BhK], 1).transpose(1, 2)
+            _scatter(d_k, torch.bmm(both_BKh, torch.cat([q_BhD, padded_BhD], 1)), indices)
+        else:
+            _scatter(d_k, torch.bmm(d_s_BhK.transpose(1, 2), q_BhD), indices)
+            _scatter(d_v, torch.bmm(shared_BhK.transpose(1, 2), d_out_BhV), indices)
+    d_v = None if d_v is None or v_SGV is None else d_v.to(v_SGV.dtype)
+    return d_q, d_k.to(k_SGD.dtype), d_v, None if d_sink is None or sink_H is None else d_sink.to(sink_H.dtype)
 
 
 def _chunks(q_THD, k_SGD, value_dim: int, indices_TK) -> list[tuple[int, int]]:
     groups, dim = k_SGD.shape[1:]
-    return query_chunks(q_THD.shape[0], indices_TK.shape[1] * (groups * (dim + value_dim) + q_THD.shape[1]))
+    per_row = indices_TK.shape[1] * (groups * (dim + value_dim) + q_THD.shape[1])
+    return query_chunks(q_THD.shape[0], per_row, q_THD.device)
 
 
 def _scatter(total_SGX: torch.Tensor, parts_BKX: torch.Tensor, indices_TK: torch.Tensor) -> None:
@@ -191,6 +209,12 @@ def sparse_attention_gqa(
     if indices_TK.numel() == 0 or k_SGD.shape[0] == 0:
         return empty_result(q_THD, v_SGV.shape[-1])
     return _SparseAttention.apply(q_THD, k_SGD, v_SGV, sink_H, indices_TK, scale, v_SGV.shape[-1])
+
+
+def per_token(indices_BK: torch.Tensor, block: int, tokens: int, key_end_T: torch.Tensor | None) -> torch.Tensor:
+    """One selection per block of tokens -> one per token, without the keys at or behind key_end."""
+    indices_TK = indices_BK if block == 1 else indices_BK.repeat_interleave(block, 0)[:tokens]
+    return indices_TK if key_end_T is None else indices_TK.masked_fill(indices_TK >= key_end_T.unsqueeze(1), -1)
 
 
 def empty_result(q_THD: torch.Tensor, value_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
