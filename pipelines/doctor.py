@@ -14,7 +14,7 @@ import urllib.request
 
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 INDEX_SECONDS = 5
-CPU_WHEEL, CUDA_WHEEL = "about 0.8 GB of download, 2.5 GB on disk", "about 3.5 GB of download, 6.5 GB on disk"
+CPU_WHEEL, CUDA_WHEEL = "about 0.8 GB of download, 2.5 GB on disk", "about 3.1 GB of download, 6.1 GB on disk"
 NEED_MEMORY_GB, NEED_DISK_GB_CPU, NEED_DISK_GB_CUDA = 7.5, 5, 9
 UI_PORT = 5000
 

