@@ -117,8 +117,10 @@ class _SparseAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_out_THV, d_lse_TH):
         q_THD, k_SGD, v_SGV, sink_H, indices_TK = ctx.saved_tensors
-        d_q, d_k, d_v, d_sink = gradients(q_THD, k_SGD, v_SGV, sink_H, indices_TK, ctx.scale, ctx.value_dim, d_out_THV,
-        d_lse_TH) return d_q, d_k, d_v, d_sink, None, None, None
+        d_q, d_k, d_v, d_sink = gradients(
+            q_THD, k_SGD, v_SGV, sink_H, indices_TK, ctx.scale, ctx.value_dim, d_out_THV, d_lse_TH
+        )
+        return d_q, d_k, d_v, d_sink, None, None, None
 
 
 def gradients(
