@@ -29,7 +29,7 @@ STAGES: dict[str, Stage] = {
     ),
     "evaluation": Stage("Evaluation", "components.evaluation.run:run", "components.evaluation.config:EvaluationConfig"),
     "champion": Stage(
-        "Against the champion", "components.evaluation.champion:run", "components.evaluation.champion:ChampionConfig"
+        "Against the champion", "components.evaluation.champion:run", "components.evaluation.config:ChampionConfig"
     ),
     "gate": Stage("Gate", "components.evaluation.gate:run", "components.evaluation.gate:GateConfig"),
     "promotion": Stage(

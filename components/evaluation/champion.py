@@ -8,28 +8,18 @@ A stage of its own, so that a change of champion plays one model and leaves the 
 from __future__ import annotations
 
 import shutil
+from typing import TYPE_CHECKING
 
-import torch
-from pydantic import BaseModel, ConfigDict, Field
-
-from components.evaluation.compare import Bootstrap
-from components.evaluation.play import Item, Player, play, read_items, write_items
+from components.evaluation.config import ChampionConfig
 from components.evaluation.report import ITEMS_FILE, Champion, EvaluationReport
-from components.evaluation.run import SAMPLED
-from components.rollouts import EpisodeResult
 from components.runtime.contracts import Pointer
 from components.runtime.errors import InputError
 from components.runtime.stage import StageContext, StageResult
 from components.runtime.task_set import read_tasks
 
-
-class ChampionConfig(BaseModel):
-    """How the champion is played; what is played follows from the candidate's records."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    max_sequences: int = Field(default=256, ge=1, description="episodes that the engine plays at once")
-    threads: int = Field(default=0, ge=0, description="CPU threads of torch; 0 = all cores of the process")
+if TYPE_CHECKING:
+    from components.evaluation.play import Item, Player
+    from components.rollouts import EpisodeResult
 
 
 def run(config: ChampionConfig, context: StageContext, inputs: dict[str, Pointer]) -> StageResult:
@@ -45,6 +35,13 @@ def run(config: ChampionConfig, context: StageContext, inputs: dict[str, Pointer
         return StageResult({"evaluation": inputs["evaluation"]}, {"compared": False})
     if report.tasks.sha256 != inputs["tasks"].sha256:
         raise InputError(f"the evaluation {inputs['evaluation'].uri} was made from another task set; evaluate again")
+
+    # Imported here: a run without another champion needs no model, and does not wait for torch.
+    import torch
+
+    from components.evaluation.compare import Bootstrap
+    from components.evaluation.play import Player, read_items, write_items
+    from components.evaluation.run import SAMPLED
 
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -77,6 +74,9 @@ def _play(
     seed: int,
 ) -> list[Item]:
     """The candidate's sampled tasks, in their order, with their seeds, as the champion plays them."""
+    from components.evaluation.play import play
+    from components.evaluation.run import SAMPLED
+
     by_id = {task.id: task for task in read_tasks(context.fetch(tasks), "test")}
     wanted = [by_id[item.task] for item in candidate]
     words = {word for task in wanted for message in task.messages for word in message.content.split()}

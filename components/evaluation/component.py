@@ -52,7 +52,7 @@ def champion(
         outputs={"evaluation": evaluation},
         summary=summary,
         run="components.evaluation.champion:run",
-        config_class="components.evaluation.champion:ChampionConfig",
+        config_class="components.evaluation.config:ChampionConfig",
     )
 
 

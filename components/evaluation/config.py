@@ -35,3 +35,12 @@ class EvaluationConfig(BaseModel):
         if any(value <= 0 for value in values):
             raise ValueError("temperatures to choose from are above 0; greedy is played anyway")
         return values
+
+
+class ChampionConfig(BaseModel):
+    """How the champion is played; what is played follows from the candidate's records."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    max_sequences: int = Field(default=256, ge=1, description="episodes that the engine plays at once")
+    threads: int = Field(default=0, ge=0, description="CPU threads of torch; 0 = all cores of the process")
