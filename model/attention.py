@@ -2,7 +2,8 @@
 
 DSA runs MLA in its MQA mode: the up-projection of keys is absorbed into the query, so that all heads share one latent
 key-value row per token, and only selected rows are read.
-Shape suffixes: T tokens, S key rows, H heads, C hidden, R query latent, L kv_lora_rank, N nope, P rope, V value, K top-k.
+Shape suffixes: T tokens, S key rows, H heads, C hidden, R query latent, L kv_lora_rank, N nope, P rope, V value,
+K top-k.
 """
 
 from __future__ import annotations
@@ -54,9 +55,11 @@ class LatentAttention(nn.Module):
         q_absorbed_THL = torch.einsum("thn,hnl->thl", q_nope_THN, key_up_HNL)
         q_THD = torch.cat((q_absorbed_THL, rotate_interleaved(q_rope_THP, cos, sin)), dim=-1)
 
-        index_q_THD, index_k_TD, weight_TH = self.indexer(x_TC, q_latent_TR, cos, sin)
-        kv_SD, index_k_SD = context.add_keys(self.layer, kv_TD, index_k_TD)
-        out_THL, loss = self._attend(q_THD, kv_SD, index_q_THD, index_k_SD, weight_TH, context, selection)
+        index = None
+        if selection == "sparse" or context.indexer_loss != "none":
+            index = self.indexer(x_TC, q_latent_TR, cos, sin)
+        kv_SD, index_k_SD = context.add_keys(self.layer, kv_TD, index[1] if index else None)
+        out_THL, loss = self._attend(q_THD, kv_SD, index and (index[0], index_k_SD, index[2]), context, selection)
         out_THV = torch.einsum("thl,hvl->thv", out_THL, value_up_HVL)
         return self.o_proj(out_THV.flatten(1)), loss
 
@@ -64,39 +67,31 @@ class LatentAttention(nn.Module):
         self,
         q_THD: torch.Tensor,
         kv_SD: torch.Tensor,
-        index_q_THD: torch.Tensor,
-        index_k_SD: torch.Tensor,
-        weight_TH: torch.Tensor,
+        index: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
         context: Context,
         selection: Selection,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attention output in the latent space [T, H, L], and the indexer's loss."""
+        """Attention output in the latent space [T, H, L], and the indexer's loss.
+
+        `index`: the lightning indexer's queries, keys (all rows) and head weights; None where nothing needs them.
+        """
         value_dim, loss = self.config.kv_lora_rank, None
         if selection == "dense" and isinstance(context, PackedContext):
-            if context.indexer_loss == "dense":
-                loss_sum, queries = indexer_loss_dense(
-                    index_q_THD,
-                    index_k_SD,
-                    weight_TH,
-                    q_THD.detach(),
-                    kv_SD.detach(),
-                    context.key_start_T,
-                    context.key_end_T,
-                    self.scale,
-                )
+            if index and context.indexer_loss == "dense":
+                rows = (context.key_start_T, context.key_end_T)
+                loss_sum, queries = indexer_loss_dense(*index, q_THD.detach(), kv_SD.detach(), *rows, self.scale)
                 loss = loss_sum / queries
             out = dense_attention(q_THD, kv_SD, context.key_start_T, context.key_end_T, self.scale, value_dim)[0]
             return out, loss
-        if selection == "sparse":
-            rows_TK = context.select(
-                self.layer, index_q_THD.detach(), index_k_SD.detach(), weight_TH.detach(), self.config.index_topk
-            )
+        if index and selection == "sparse":
+            detached = [tensor.detach() for tensor in index]
+            rows_TK = context.select(self.layer, *detached, self.config.index_topk)
         else:
             rows_TK = context.fixed_rows(selection, self.layer, self.config.index_topk)
         if context.record_selections:
             context.selections.append(rows_TK)
-        if context.indexer_loss == "sparse":
+        if index and context.indexer_loss == "sparse":
             target_TK = attention_target(q_THD.detach(), kv_SD.detach(), rows_TK, self.scale)
-            loss_sum, queries = indexer_loss_sparse(index_q_THD, index_k_SD, weight_TH, rows_TK, target_TK)
+            loss_sum, queries = indexer_loss_sparse(*index, rows_TK, target_TK)
             loss = loss_sum / queries
         return sparse_attention(q_THD, kv_SD, rows_TK, self.scale, value_dim)[0], loss

@@ -41,8 +41,9 @@ class Context:
     losses: list[torch.Tensor] = field(default_factory=list)
 
     def add_keys(
-        self, layer: int, latent_TD: torch.Tensor, index_k_TD: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, layer: int, latent_TD: torch.Tensor, index_k_TD: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Add the new tokens' latent KV and indexer keys (None where nothing reads them); returns all rows."""
         raise NotImplementedError
 
     def select(
@@ -94,8 +95,8 @@ class PackedContext(Context):
         return cls(position_T=row_T - start_T, key_start_T=start_T, key_end_T=row_T + 1)
 
     def add_keys(
-        self, layer: int, latent_TD: torch.Tensor, index_k_TD: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, layer: int, latent_TD: torch.Tensor, index_k_TD: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         return latent_TD, index_k_TD
 
     def select(
@@ -125,11 +126,12 @@ class PagedContext(Context):
         self.new_rows_T = self.rows_of(self.position_T[:, None]).flatten().long()
 
     def add_keys(
-        self, layer: int, latent_TD: torch.Tensor, index_k_TD: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, layer: int, latent_TD: torch.Tensor, index_k_TD: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         latent_SD, index_k_SD = self.latent_cache[layer].flatten(0, 1), self.index_k_cache[layer].flatten(0, 1)
         latent_SD[self.new_rows_T] = latent_TD.to(latent_SD.dtype)
-        index_k_SD[self.new_rows_T] = index_k_TD.to(index_k_SD.dtype)
+        if index_k_TD is not None:
+            index_k_SD[self.new_rows_T] = index_k_TD.to(index_k_SD.dtype)
         return latent_SD, index_k_SD
 
     def select(

@@ -1,7 +1,7 @@
 """What an environment is. A family of tasks is one class with these methods, named by an entry point.
 
-    [project.entry-points."sparseline.environments"]
-    my_family = "my_package.my_module:MyFamily"
+[project.entry-points."sparseline.environments"]
+my_family = "my_package.my_module:MyFamily"
 """
 
 from __future__ import annotations

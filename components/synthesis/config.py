@@ -26,9 +26,17 @@ class SynthesisConfig(BaseModel):
     wrong_share: float = Field(
         default=0.5, ge=0, le=0.5, description="share of demonstrations that are wrong, 0 to 0.5"
     )
-    documents: int = Field(default=1500, ge=1, description="long documents for training, per family")
+    documents: int = Field(default=3000, ge=1, description="documents for training, per family")
     validation_documents: int = Field(default=100, ge=1, description="long documents for validation, per family")
     test_documents: int = Field(default=200, ge=1, description="held-out long documents, per family")
-    document_words: int = Field(default=272, ge=32, description="length of a document, in words")
+    document_words: int = Field(
+        default=272,
+        ge=32,
+        description="length of validation and test documents and of a part of the training ones, words",
+    )
+    short_document_words: list[int] = Field(
+        default=[54, 108, 180],
+        description="lengths of the other training documents, in equal parts, words: practice before the long ones",
+    )
     mutants: int = Field(default=12, ge=1, description="mutated solutions that the battery plays per task")
     random_plays: int = Field(default=3, ge=1, description="plays of the random player per task")

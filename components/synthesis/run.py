@@ -120,9 +120,11 @@ def _make_family(family: Family, config: SynthesisConfig, seed: int, tick: Calla
         "test": config.test_documents,
     }
     for split, size in texts.items():
-        for _ in range(size):
+        lengths = [config.document_words, *(config.short_document_words if split == "train" else [])]
+        for index in range(size):
             try:
-                made.documents.append(family.document(rng.getrandbits(48), split, config.document_words))
+                words = lengths[index % len(lengths)]
+                made.documents.append(family.document(rng.getrandbits(48), split, words))
             except ValueError as error:
                 raise InputError(f"synthesis: document_words: {error}") from error
             tick()

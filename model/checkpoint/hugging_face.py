@@ -22,11 +22,13 @@ MODEL_TYPE, ARCHITECTURE = "deepseek_v32", "DeepseekV32ForCausalLM"
 SHARD_BYTES = 4 << 30
 # fields of config.json that say nothing about the maths of a forward, or that are derived from others
 IGNORED = {
-    "architectures", "model_type", "transformers_version", "dtype", "torch_dtype", "use_cache", "head_dim", "qk_head_dim",
-    "attention_dropout", "output_router_logits", "layer_types", "hidden_act", "num_key_value_heads", "mlp_bias",
+    "architectures", "model_type", "transformers_version", "dtype", "torch_dtype", "use_cache", "head_dim",
+    "qk_head_dim", "attention_dropout", "output_router_logits", "layer_types", "hidden_act",
+    "num_key_value_heads", "mlp_bias",
     "first_k_dense_replace", "num_local_experts", "ep_size", "num_nextn_predict_layers", "quantization_config",
     "pretraining_tp", "scoring_func", "topk_method", "moe_layer_freq", "_name_or_path", "output_hidden_states",
-    "output_attentions", "return_dict", "is_encoder_decoder", "id2label", "label2id", "problem_type", "chunk_size_feed_forward",
+    "output_attentions", "return_dict", "is_encoder_decoder", "id2label", "label2id", "problem_type",
+    "chunk_size_feed_forward",
 }  # fmt: skip
 
 # what stock `transformers` assumes for a key that config.json lacks, where ModelConfig's own default differs
@@ -198,7 +200,8 @@ def load_model(directory: Path | str, dtype: torch.dtype | None = torch.float32)
         raise CheckpointError(f"weights in {directory} do not fit config.json: " + "; ".join(parts[:5]))
     model.load_state_dict(state, assign=True)
     # buffers that no checkpoint holds were left on the meta device
-    model.frequencies = Transformer(config.model_copy(update={"num_hidden_layers": 0, "mlp_layer_types": []})).frequencies
+    no_layers = config.model_copy(update={"num_hidden_layers": 0, "mlp_layer_types": []})
+    model.frequencies = Transformer(no_layers).frequencies
     if dtype is not None:
         convert(model, dtype)
     return model.requires_grad_(True).eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 
 from model.checkpoint.hugging_face import CheckpointError
+
+FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 def word_tokenizer(special_words: Sequence[str], words: Sequence[str], unknown: str) -> Tokenizer:
@@ -47,6 +50,13 @@ def save_tokenizer(
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     (directory / "chat_template.jinja").write_text(chat_template)
+
+
+def copy_tokenizer(source: Path | str, target: Path | str) -> None:
+    """Copy the tokenizer's files from one checkpoint directory to another, unchanged."""
+    for name in FILES:
+        if (Path(source) / name).is_file():
+            shutil.copyfile(Path(source) / name, Path(target) / name)
 
 
 def load_tokenizer(directory: Path | str) -> Tokenizer:

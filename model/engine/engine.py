@@ -79,10 +79,9 @@ class Engine:
         pages = max_sequences * pages_each if cache_tokens is None else -(-cache_tokens // page_size)
         latent_width = config.kv_lora_rank + config.qk_rope_head_dim
         layers = range(config.num_hidden_layers)
-        self.latent_cache = [torch.zeros(pages, page_size, latent_width, dtype=dtype, device=self.device) for _ in layers]
-        self.index_k_cache = [
-            torch.zeros(pages, page_size, config.index_head_dim, dtype=dtype, device=self.device) for _ in layers
-        ]
+        options = {"dtype": dtype, "device": self.device}
+        self.latent_cache = [torch.zeros(pages, page_size, latent_width, **options) for _ in layers]
+        self.index_k_cache = [torch.zeros(pages, page_size, config.index_head_dim, **options) for _ in layers]
         self._free_pages = list(range(pages - 1, -1, -1))
         self._free_slots = list(range(max_sequences - 1, -1, -1))
         self._page_table = torch.zeros(max_sequences, pages_each, dtype=torch.int32)
@@ -203,8 +202,8 @@ class Engine:
                 fed.append((sequence, count))
         if not fed:
             if self._queue:
-                held = len(self._sequences) - len(self._queue)
-                raise RuntimeError(f"{len(self._queue)} sequences are queued behind {held} ended ones: release or extend")
+                queued, held = len(self._queue), len(self._sequences) - len(self._queue)
+                raise RuntimeError(f"{queued} sequences are queued behind {held} ended ones: release or extend")
             return []
         logits_BV, complete = self._forward(fed)
         return self._sample(complete, logits_BV) if complete else []

@@ -16,6 +16,7 @@ from components.runtime.contracts import Document, Question, digest
 
 Split = Literal["train", "validation", "test"]
 
+SHORT_WORDS = 108  # up to here every fact is asked for: practice in looking up, before the long ones
 DOCUMENT_WORDS = 272  # 8 times a top-k of 32, and half of one more
 QUESTIONS = (8, 12)
 FAR_WORDS = 64  # most questions ask for a fact at least so far before their answer
@@ -24,13 +25,17 @@ _FACT_WORDS, _QUESTION_WORDS = 4, 5
 
 
 def make_document(seed: int, split: Split, words: int = DOCUMENT_WORDS) -> Document:
-    """A document of `words` words (up to 3 fewer), the same for the same arguments.
+    """A document of `words` words (up to 3 fewer; a short one up to 8), the same for the same arguments.
 
+    A document of at most SHORT_WORDS words asks for each of its facts once.
     Raises ValueError when `words` leaves no room for far facts, or asks for more facts than a world has.
     """
     rng = random.Random(f"kg_query/document/{split}/{seed}")
     graph = build_graph(rng.getrandbits(48))
     known = [(s, r, o[0]) for (s, r), o in graph.facts.items() if RELATIONS[r].functional]
+    if 2 * (_FACT_WORDS + _QUESTION_WORDS) <= words <= SHORT_WORDS:
+        facts = rng.sample(known, words // (_FACT_WORDS + _QUESTION_WORDS))
+        return _document(facts, rng.sample(range(len(facts)), len(facts)), split)
     asked = rng.randint(*QUESTIONS)
     count = (words - asked * _QUESTION_WORDS) // _FACT_WORDS
     if not FAR_WORDS // _FACT_WORDS + QUESTIONS[1] <= count <= len(known):
@@ -38,12 +43,17 @@ def make_document(seed: int, split: Split, words: int = DOCUMENT_WORDS) -> Docum
         most = len(known) * _FACT_WORDS
         raise ValueError(f"a kg_query document has {least} to {most} words, got {words}")
     facts = rng.sample(known, count)
-    text = [word for fact in facts for word in (*fact, ".")]
-    far = [i for i in range(count) if len(text) - i * _FACT_WORDS >= FAR_WORDS]
+    far = [i for i in range(count) if (count - i) * _FACT_WORDS >= FAR_WORDS]
     near = [i for i in range(count) if i not in far]
     near_asked = sum(rng.random() < NEAR_SHARE for _ in range(asked))
     chosen = rng.sample(far, asked - near_asked) + rng.sample(near, near_asked)
     rng.shuffle(chosen)
+    return _document(facts, chosen, split)
+
+
+def _document(facts: list[tuple[str, str, str]], chosen: list[int], split: Split) -> Document:
+    """The facts as sentences, then the questions `chosen` (indices of facts) in order."""
+    text = [word for fact in facts for word in (*fact, ".")]
     questions = []
     for i in chosen:
         subject, relation, answer = facts[i]

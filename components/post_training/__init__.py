@@ -1,0 +1,1 @@
+"""Post-training: reinforcement learning with GRPO in the environments of the task set."""

@@ -1,0 +1,113 @@
+"""Trajectories -> gradient steps: packs what the engine recorded, and makes the network keep its choices.
+
+Keep Routing: the experts that the rollout used are used again. Keep Sampling Mask: what top-p cut away is cut away from
+the learner's distribution too. Shape suffixes: T packed tokens, R sampled tokens, V vocabulary, K experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from model import PackedContext, Transformer
+from model.engine import Trajectory
+
+
+@dataclass
+class RolloutBatch:
+    """Packed trajectories. rows_R: packed position whose logits predict each sampled token."""
+
+    inputs_T: torch.Tensor
+    lengths: list[int]
+    rows_R: torch.Tensor
+    tokens_R: torch.Tensor
+    old_logprob_R: torch.Tensor
+    sequence_R: torch.Tensor
+    advantage_N: torch.Tensor
+    routing: list[torch.Tensor] | None
+    kept_RV: torch.Tensor | None
+    temperature: float
+
+
+def pack_trajectories(
+    trajectories: Sequence[Trajectory], advantages: Sequence[float], vocabulary: int, *, keep_routing: bool
+) -> RolloutBatch:
+    """Raises ValueError when a trajectory's record does not cover its tokens, or temperatures differ."""
+    temperatures = {trajectory.temperature for trajectory in trajectories}
+    if len(temperatures) != 1:
+        raise ValueError(f"trajectories of one batch must share a temperature, got {sorted(temperatures)}")
+    rows, sequence, kept = [], [], []
+    start = 0
+    for index, trajectory in enumerate(trajectories):
+        fed = len(trajectory) - 1
+        if keep_routing and trajectory.routing.shape[0] and trajectory.routing.shape[1] != fed:
+            raise ValueError(f"routing covers {trajectory.routing.shape[1]} tokens of {fed}")
+        places = trajectory.sampled[1:].nonzero().flatten()
+        rows.append(places + start)
+        sequence.append(torch.full_like(places, index))
+        kept.append(_kept_mask(trajectory, len(places), vocabulary))
+        start += fed
+    routing = None
+    if keep_routing and trajectories[0].routing.shape[0]:
+        layers = trajectories[0].routing.shape[0]
+        routing = [torch.cat([t.routing[layer] for t in trajectories]).long() for layer in range(layers)]
+    cut = any(trajectory.sampling_masks is not None for trajectory in trajectories)
+    return RolloutBatch(
+        inputs_T=torch.cat([t.token_ids[:-1] for t in trajectories]),
+        lengths=[len(t) - 1 for t in trajectories],
+        rows_R=torch.cat(rows),
+        tokens_R=torch.cat([t.token_ids[t.sampled] for t in trajectories]),
+        old_logprob_R=torch.cat([t.logprobs[t.sampled] for t in trajectories]),
+        sequence_R=torch.cat(sequence),
+        advantage_N=torch.tensor(list(advantages)),
+        routing=routing,
+        kept_RV=torch.cat(kept) if cut else None,
+        temperature=temperatures.pop(),
+    )
+
+
+def _kept_mask(trajectory: Trajectory, sampled: int, vocabulary: int) -> torch.Tensor:
+    """bool [sampled, V]: what top-p kept; everything where nothing was cut."""
+    if trajectory.sampling_masks is None:
+        return torch.ones(sampled, vocabulary, dtype=torch.bool)
+    if len(trajectory.sampling_masks) != sampled:
+        raise ValueError(f"{len(trajectory.sampling_masks)} sampling masks for {sampled} sampled tokens")
+    mask = torch.zeros(sampled, vocabulary, dtype=torch.bool)
+    for row, ids in enumerate(trajectory.sampling_masks):
+        mask[row, ids.long()] = True
+    return mask
+
+
+def logprobs(
+    model: Transformer, batch: RolloutBatch, *, keep_routing: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability [R] of each sampled token under `model`, and the entropy [R] of its distribution (detached)."""
+    context = PackedContext.from_lengths(batch.lengths)
+    context.kept_routing = batch.routing if keep_routing else None
+    hidden_TC = model.hidden(batch.inputs_T, context)
+    logits_RV = model.lm_head(hidden_TC[batch.rows_R]).float() / batch.temperature
+    if batch.kept_RV is not None:
+        logits_RV = logits_RV.masked_fill(~batch.kept_RV, float("-inf"))
+    logprob_RV = logits_RV.log_softmax(dim=-1)
+    with torch.no_grad():
+        entropy_R = torch.special.entr(logprob_RV.exp()).sum(dim=-1)
+    return logprob_RV.gather(1, batch.tokens_R[:, None]).squeeze(1), entropy_R
+
+
+def micro_batches(
+    trajectories: Sequence[Trajectory], advantages: Sequence[float], tokens: int
+) -> Iterator[tuple[list[Trajectory], list[float]]]:
+    """Split by length into parts of at most `tokens` tokens (one trajectory at least)."""
+    order = sorted(range(len(trajectories)), key=lambda index: len(trajectories[index]))
+    part: list[int] = []
+    used = 0
+    for index in order:
+        if part and used + len(trajectories[index]) > tokens:
+            yield [trajectories[i] for i in part], [advantages[i] for i in part]
+            part, used = [], 0
+        part.append(index)
+        used += len(trajectories[index])
+    if part:
+        yield [trajectories[i] for i in part], [advantages[i] for i in part]

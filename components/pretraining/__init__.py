@@ -1,0 +1,1 @@
+"""Continued pre-training: dense base, indexer warm-up, sparse training."""

@@ -1,0 +1,112 @@
+"""Records of the task set -> token ids and loss weights, and the order in which they are seen.
+
+A batch holds sequences of one kind and of similar length: its attention is padded to the longest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from components.environments.chat_format import BOS, UNKNOWN, conversation_words
+from components.runtime.contracts import Demonstration, Document
+from components.runtime.errors import InputError
+
+
+@dataclass
+class Example:
+    """token_ids: int64 [L]; weights: fp32 [L], weight in the loss of predicting the token at that place."""
+
+    token_ids: torch.Tensor
+    weights: torch.Tensor
+
+
+@dataclass
+class Batch:
+    """Packed examples. inputs/targets: int64 [T]; weights: fp32 [T]; lengths: tokens of each sequence."""
+
+    inputs_T: torch.Tensor
+    targets_T: torch.Tensor
+    weights_T: torch.Tensor
+    lengths: list[int]
+
+
+def encode(words: Sequence[str], ids: dict[str, int], where: str) -> torch.Tensor:
+    """Token ids. Raises InputError that names a word which the tokenizer does not know."""
+    try:
+        return torch.tensor([ids[word] for word in words])
+    except KeyError as error:
+        raise InputError(
+            f"{where}: the checkpoint's tokenizer does not know the word {error.args[0]!r}; "
+            "use a base checkpoint that was trained on this vocabulary, or none"
+        ) from None
+
+
+def demonstration_example(demonstration: Demonstration, ids: dict[str, int]) -> Example:
+    """What the assistant wrote has weight 1, what it was told has weight 0."""
+    words, written = conversation_words(demonstration.messages, demonstration.tools)
+    return Example(encode(words, ids, f"demonstration of {demonstration.task}"), torch.tensor(written).float())
+
+
+def document_example(document: Document, ids: dict[str, int], filler_weight: float) -> Example:
+    token_ids = encode([BOS, *document.words], ids, f"document {document.id}")
+    weights = torch.full((len(token_ids),), filler_weight)
+    for question in document.questions:
+        weights[question.answer_start + 1 : question.answer_end + 1] = 1.0
+    return Example(token_ids, weights)
+
+
+def pack(examples: Sequence[Example]) -> Batch:
+    """Each example becomes a sequence of its tokens but the last, which is only a target."""
+    return Batch(
+        inputs_T=torch.cat([example.token_ids[:-1] for example in examples]),
+        targets_T=torch.cat([example.token_ids[1:] for example in examples]),
+        weights_T=torch.cat([example.weights[1:] for example in examples]),
+        lengths=[len(example.token_ids) - 1 for example in examples],
+    )
+
+
+class Stream:
+    """Endless batches of about `tokens` tokens: shuffled epochs, neighbours by length within windows.
+
+    With a curriculum, only the shortest share of the examples is drawn from at first (see `next`).
+    """
+
+    def __init__(self, examples: Sequence[Example], tokens: int, generator: torch.Generator) -> None:
+        self.examples, self.tokens, self.generator = sorted(examples, key=_length), tokens, generator
+        self._parts: list[list[Example]] = []
+        self._share = 0.0
+
+    def next(self, share: float = 1.0) -> Batch:
+        """The next batch, drawn from the shortest `share` (0, 1] of the examples."""
+        if not self._parts or share > self._share:
+            self._share = share
+            self._parts = self._epoch(self.examples[: max(1, round(share * len(self.examples)))])
+        return pack(self._parts.pop())
+
+    def _epoch(self, examples: Sequence[Example]) -> list[list[Example]]:
+        order = torch.randperm(len(examples), generator=self.generator).tolist()
+        parts: list[list[Example]] = []
+        for start in range(0, len(order), 1024):
+            window = sorted((examples[index] for index in order[start : start + 1024]), key=_length)
+            part: list[Example] = []
+            used = 0
+            for example in window:
+                if part and used + _length(example) > self.tokens:
+                    parts.append(part)
+                    part, used = [], 0
+                part.append(example)
+                used += _length(example)
+            parts.append(part)
+        return [parts[index] for index in torch.randperm(len(parts), generator=self.generator).tolist()]
+
+
+def _length(example: Example) -> int:
+    return len(example.token_ids) - 1
+
+
+def known_words(vocabulary: dict[str, int]) -> dict[str, int]:
+    """The vocabulary without the word for unknown ones, which no record may need."""
+    return {word: index for word, index in vocabulary.items() if word != UNKNOWN}

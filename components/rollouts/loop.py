@@ -1,0 +1,109 @@
+"""The agent loop: the policy writes a turn, the environment answers its tool calls, until the episode ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from components.environments.protocol import Environment, Episode, Verdict
+from components.rollouts.policies import Policy
+from components.runtime.contracts import Message, TaskRecord
+from model.engine import Trajectory
+
+
+@dataclass(frozen=True)
+class EpisodeRequest:
+    environment: Environment
+    task: TaskRecord
+    seed: int
+
+
+@dataclass
+class EpisodeResult:
+    """One finished episode. `ended` says how: submitted, no_call, malformed, turns, tokens."""
+
+    task: TaskRecord
+    seed: int
+    messages: list[Message]
+    verdict: Verdict
+    trajectory: Trajectory | None
+    turns: int
+    tool_errors: int
+    ended: str
+
+
+@dataclass
+class _Play:
+    request: EpisodeRequest
+    episode: Episode
+    messages: list[Message] = field(default_factory=list)
+    turns: int = 0
+    tool_errors: int = 0
+
+
+def run_episodes(
+    policy: Policy,
+    requests: Iterable[EpisodeRequest],
+    *,
+    on_episode: Callable[[EpisodeResult], None] | None = None,
+) -> list[EpisodeResult]:
+    """Play all requests (the policy batches what it can); results in the order of the requests."""
+    plays: dict[int, _Play] = {}
+    for index, request in enumerate(requests):
+        task = request.task
+        plays[index] = _Play(request, request.environment.reset(task), list(task.messages))
+        policy.begin(index, task.messages, task.tools, task.limits, request.seed)
+    results: dict[int, EpisodeResult] = {}
+    while len(results) < len(plays):
+        for turn in policy.poll():
+            play = plays[turn.episode]
+            ended = _take_turn(policy, turn.episode, play, turn.message)
+            if not ended:
+                continue
+            result = EpisodeResult(
+                task=play.request.task,
+                seed=play.request.seed,
+                messages=play.messages,
+                verdict=play.episode.verdict(),
+                trajectory=policy.finish(turn.episode),
+                turns=play.turns,
+                tool_errors=play.tool_errors,
+                ended=ended if ended != "malformed" or not turn.error else f"malformed: {turn.error}",
+            )
+            results[turn.episode] = result
+            if on_episode:
+                on_episode(result)
+    return [results[index] for index in sorted(results)]
+
+
+def _take_turn(policy: Policy, index: int, play: _Play, message: Message | None) -> str:
+    """Play one turn; how the episode ended, or "" when it goes on."""
+    play.turns += 1
+    if message is None:
+        return "malformed"
+    play.messages.append(message)
+    if not message.tool_calls:
+        return "no_call"
+    replies = []
+    for call in message.tool_calls:
+        observation = play.episode.step(call)
+        play.tool_errors += observation.is_error
+        replies.append(Message(role="tool", content=observation.content))
+        if observation.done:
+            play.messages.extend(replies)
+            return "submitted"
+    play.messages.extend(replies)
+    if play.turns >= play.request.task.limits.turns:
+        return "turns"
+    return "" if policy.reply(index, replies) else "tokens"
+
+
+def transcript(result: EpisodeResult) -> str:
+    """An episode as a person reads it."""
+    lines = [f"{result.task.template}: {'passed' if result.verdict.passed else 'failed'} ({result.verdict.reason})"]
+    for message in result.messages:
+        calls = " ".join(
+            f"{call.name}({', '.join(f'{k}={v}' for k, v in call.arguments.items())})" for call in message.tool_calls
+        )
+        lines.append(f"  {message.role:>9}  {' '.join(part for part in (message.content, calls) if part)}")
+    return "\n".join(lines)
