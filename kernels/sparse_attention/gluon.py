@@ -89,6 +89,9 @@ def _producer(
         span = gl.load(span_ptr + token)
         pairs = (gl.maximum(span, -1 - span) + 127) // 128
 
+        index_N = _block_indices(row_indices, 0, KEYS, WIDE)
+        if HAS_REST:
+            rest_index_N = _block_indices(row_indices, 0, KEYS, NARROW)
         mbarrier.wait(q_free, (tiles_done & 1) ^ 1)
         q_row = q_ptr + token * q_stride_t
         head_M = head + gl.arange(0, 64, gl.SliceLayout(1, WIDE))
@@ -102,21 +105,21 @@ def _producer(
         for pair in range(pairs):
             free = (pairs_done & 1) ^ 1
             for block in gl.static_range(2):
-                slot = pair * 128 + block * 64
-                index_N = _block_indices(row_indices, slot, KEYS, WIDE)
                 valid_N = (index_N >= 0) & (index_N < key_rows)
                 row_N = kv_ptr + gl.where(valid_N, index_N, 0).to(gl.int64) * kv_stride
-                if HAS_REST:
-                    rest_index_N = _block_indices(row_indices, slot, KEYS, NARROW)
-                    rest_valid_N = (rest_index_N >= 0) & (rest_index_N < key_rows)
-                    rest_row_N = kv_ptr + gl.where(rest_valid_N, rest_index_N, 0).to(gl.int64) * kv_stride
+                # the indices of the next block travel while this one is gathered
+                next_slot = pair * 128 + block * 64 + 64
+                index_N = _block_indices(row_indices, next_slot, KEYS, WIDE)
                 mbarrier.wait(own_free.index(block), free)
                 _gather(own.index(block), row_N, valid_N, block * HALF, HALF, WIDE)
                 async_copy.mbarrier_arrive(own_ready.index(block), increment_count=False)
                 mbarrier.wait(other_free.index(block), free)
                 _gather(other.index(block), row_N, valid_N, (1 - block) * HALF, HALF, WIDE)
                 if HAS_REST:
-                    _gather(rest.index(block), rest_row_N, rest_valid_N, 2 * HALF, 64, NARROW)
+                    valid_N = (rest_index_N >= 0) & (rest_index_N < key_rows)
+                    row_N = kv_ptr + gl.where(valid_N, rest_index_N, 0).to(gl.int64) * kv_stride
+                    rest_index_N = _block_indices(row_indices, next_slot, KEYS, NARROW)
+                    _gather(rest.index(block), row_N, valid_N, 2 * HALF, 64, NARROW)
                 async_copy.mbarrier_arrive(other_ready.index(block), increment_count=False)
             pairs_done += 1
         tiles_done += 1  # noqa: SIM113
@@ -320,7 +323,7 @@ def sparse_attention_hopper_kernel(
             )),
         ],
         [4, 4],
-        [216, 72],
+        [200, 104],
     )  # fmt: skip
 
 
