@@ -95,10 +95,11 @@ def grpo_loss(
     mask_N = off_policy_sequence_mask(logprob_R, old_logprob_R, sequence_R, advantage_N, sequence_mask_threshold)
     kl_R = unbiased_kl(logprob_R, old_logprob_R, reference_logprob_R)
     objective_N = sequence_mean(policy_R * mask_N[sequence_R] - kl_weight * kl_R, sequence_R, sequences)
+    loss = -objective_N.sum() / total_sequences
     with torch.no_grad():
         clipped_R = ((advantage_R > 0) & (ratio_R > 1 + clip_high)) | ((advantage_R < 0) & (ratio_R < 1 - clip_low))
         return Objective(
-            loss=-objective_N.sum() / total_sequences,
+            loss=loss,
             kl=float(kl_R.mean()),
             masked_share=float((~mask_N).float().mean()),
             clipped_share=float(clipped_R.float().mean()),

@@ -1,0 +1,79 @@
+"""The learner against the engine: with the same weights, both give every sampled token the same log-probability."""
+
+import pytest
+import torch
+
+from components.post_training.learner import logprobs, micro_batches, pack_trajectories
+from model import ModelConfig, Transformer
+from model.engine import Engine, SamplingParameters
+
+
+def trajectories(model: Transformer, top_p: float, temperature: float = 0.8, count: int = 7):
+    engine = Engine(model, stop_token_id=0, max_sequences=count, max_sequence_tokens=64, page_size=8)
+    generator = torch.Generator().manual_seed(4)
+    for index in range(count):
+        prompt = torch.randint(1, 50, (3 + 2 * index,), generator=generator).tolist()
+        engine.add(prompt, SamplingParameters(temperature, top_p, max_new_tokens=15, seed=index))
+    done = []
+    while engine.live:
+        done += [engine.release(turn.handle) for turn in engine.step()]
+    return done
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    return Transformer(ModelConfig.preset("micro", vocab_size=50, index_topk=9, initializer_range=0.3)).initialise(0).eval()
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.7])
+def test_same_weights_same_log_probabilities(model, top_p):
+    done = trajectories(model, top_p)
+    batch = pack_trajectories(done, [0.0] * len(done), 50, keep_routing=True)
+    with torch.no_grad():
+        logprob, entropy = logprobs(model, batch)
+    assert (logprob - batch.old_logprob_R).abs().max() < 1e-4
+    assert entropy.min() >= 0
+    assert torch.equal(torch.bincount(batch.sequence_R), torch.tensor([int(t.sampled.sum()) for t in done]))
+
+
+def test_without_the_sampling_mask_the_ratio_is_the_kept_mass(model):
+    """What Keep Sampling Mask repairs: pi without the mask is pi_old times the mass that top-p kept."""
+    done = trajectories(model, 0.7, temperature=1.0)
+    batch = pack_trajectories(done, [0.0] * len(done), 50, keep_routing=True)
+    kept = batch.kept_RV
+    batch.kept_RV = None
+    with torch.no_grad():
+        full, _ = logprobs(model, batch)
+    ratio = (full - batch.old_logprob_R).exp()
+    assert kept is not None
+    assert ratio.max() < 1
+    assert ratio.min() > 0.69
+
+
+def test_kept_routing_is_used(model):
+    done = trajectories(model, 1.0)
+    batch = pack_trajectories(done, [0.0] * len(done), 50, keep_routing=True)
+    with torch.no_grad():
+        kept, _ = logprobs(model, batch)
+        batch.routing = [torch.stack((r.flip(0)[:, 0], (r.flip(0)[:, 0] + 1) % 4), 1) for r in batch.routing]
+        other, _ = logprobs(model, batch)
+    assert (kept - other).abs().max() > 1e-3
+
+
+def test_a_record_that_does_not_fit_is_refused(model):
+    done = trajectories(model, 0.7)
+    done[0].sampling_masks = done[0].sampling_masks[:-1]
+    with pytest.raises(ValueError, match="sampling masks"):
+        pack_trajectories(done, [0.0] * len(done), 50, keep_routing=True)
+    done = trajectories(model, 1.0)
+    done[1].temperature = 0.5
+    with pytest.raises(ValueError, match="temperature"):
+        pack_trajectories(done, [0.0] * len(done), 50, keep_routing=True)
+
+
+def test_micro_batches_hold_every_trajectory_once(model):
+    done = trajectories(model, 1.0)
+    parts = list(micro_batches(done, list(range(len(done))), 60))
+    assert sorted(a for _, advantages in parts for a in advantages) == list(range(len(done)))
+    assert all(sum(map(len, part)) <= 60 or len(part) == 1 for part, _ in parts)
+    assert len(parts) > 1

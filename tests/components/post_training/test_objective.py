@@ -1,0 +1,120 @@
+"""GRPO terms against values worked out by hand, finite differences, and exact expectations."""
+
+import math
+
+import pytest
+import torch
+
+from components.post_training.objective import (
+    clipped_policy_term,
+    group_advantages,
+    grpo_loss,
+    off_policy_sequence_mask,
+    sequence_mean,
+    unbiased_kl,
+)
+
+OPTIONS = {"clip_low": 0.2, "clip_high": 0.3, "kl_weight": 0.1, "sequence_mask_threshold": 0.05}
+
+
+def test_advantage_is_reward_minus_group_mean_without_standard_deviation():
+    reward = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 1.0])
+    group = torch.tensor([0, 0, 0, 0, 1, 1])
+    assert group_advantages(reward, group).tolist() == [0.75, -0.25, -0.25, -0.25, 0.0, 0.0]
+
+
+def test_sequence_mean_weighs_sequences_not_tokens():
+    value = torch.tensor([3.0, 5.0, 7.0])
+    assert sequence_mean(value, torch.tensor([0, 0, 2]), 3).tolist() == [4.0, 0.0, 7.0]
+
+
+@pytest.mark.parametrize(
+    "ratio,advantage,expected",
+    [
+        (1.5, 2.0, 2.6),  # clipped above: 1.3 * 2
+        (1.5, -2.0, -3.0),  # the pessimistic side is not clipped
+        (0.5, 2.0, 1.0),
+        (0.5, -2.0, -1.6),  # clipped below: 0.8 * -2
+        (1.1, 1.0, 1.1),
+    ],
+)
+def test_clip(ratio, advantage, expected):
+    got = clipped_policy_term(torch.tensor([ratio]), torch.tensor([advantage]), 0.2, 0.3)
+    assert got.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_kl_by_hand():
+    # pi = 0.5, pi_old = 0.25, pi_ref = 0.1: r = 2, pi_ref / pi = 0.2
+    got = unbiased_kl(torch.tensor([0.5]).log(), torch.tensor([0.25]).log(), torch.tensor([0.1]).log())
+    assert got.item() == pytest.approx(2 * (0.2 - math.log(0.2) - 1), rel=1e-6)
+
+
+def test_kl_is_unbiased_off_policy_in_value_and_gradient():
+    """Over all tokens of a small vocabulary, weighted by pi_old, it is KL(pi, pi_ref), and so is its gradient."""
+    generator = torch.Generator().manual_seed(0)
+    logits, old, reference = torch.randn(3, 7, dtype=torch.float64, generator=generator).unbind()
+    logits.requires_grad_(True)
+    logprob, old_logprob, reference_logprob = (x.log_softmax(-1) for x in (logits, old, reference))
+    estimate = (old_logprob.exp() * unbiased_kl(logprob, old_logprob, reference_logprob)).sum()
+    exact = (logprob.exp() * (logprob - reference_logprob)).sum()
+    assert estimate.item() == pytest.approx(exact.item(), rel=1e-12)
+    (got,) = torch.autograd.grad(estimate, logits, retain_graph=True)
+    (want,) = torch.autograd.grad(exact, logits)
+    assert torch.allclose(got, want, atol=1e-12)
+
+
+def test_sequence_mask_needs_both_a_negative_advantage_and_drift():
+    old = torch.tensor([-1.0, -1.0, -1.0, -1.0, -1.0, -1.0])
+    new = torch.tensor([-1.2, -1.0, -1.2, -1.0, -1.04, -1.0])  # mean drift 0.1, 0.1, 0.02
+    sequence = torch.tensor([0, 0, 1, 1, 2, 2])
+    mask = off_policy_sequence_mask(new, old, sequence, torch.tensor([-1.0, 1.0, -1.0]), 0.05)
+    assert mask.tolist() == [False, True, True]
+
+
+def example(dtype=torch.float64):
+    generator = torch.Generator().manual_seed(1)
+    old = -torch.rand(9, dtype=dtype, generator=generator) - 0.1
+    new = old + 0.4 * torch.randn(9, dtype=dtype, generator=generator)
+    reference = old + 0.2 * torch.randn(9, dtype=dtype, generator=generator)
+    sequence = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2])
+    return new, old, reference, sequence, torch.tensor([0.5, -0.75, 0.25], dtype=dtype)
+
+
+def test_loss_equals_the_printed_equation_term_by_term():
+    new, old, reference, sequence, advantage = example()
+    total = 0.0
+    for i in range(3):
+        tokens = (sequence == i).nonzero().flatten().tolist()
+        drift = sum(float(old[t] - new[t]) for t in tokens) / len(tokens)
+        mask = 0.0 if float(advantage[i]) < 0 and drift > 0.05 else 1.0
+        inner = 0.0
+        for t in tokens:
+            ratio = math.exp(float(new[t] - old[t]))
+            a = float(advantage[i])
+            policy = min(ratio * a, min(max(ratio, 0.8), 1.3) * a)
+            quotient = math.exp(float(reference[t] - new[t]))
+            inner += policy * mask - 0.1 * ratio * (quotient - math.log(quotient) - 1)
+        total += inner / len(tokens)
+    got = grpo_loss(new, old, reference, sequence, advantage, total_sequences=3, **OPTIONS)
+    assert got.loss.item() == pytest.approx(-total / 3, rel=1e-9)
+
+
+def test_gradient_against_finite_differences():
+    new, old, reference, sequence, advantage = example()
+
+    def loss(x):
+        return grpo_loss(x, old, reference, sequence, advantage, total_sequences=3, **OPTIONS).loss
+
+    assert torch.autograd.gradcheck(loss, (new.clone().requires_grad_(True),), eps=1e-7, atol=1e-6)
+
+
+def test_micro_batches_add_up():
+    new, old, reference, sequence, advantage = example()
+    whole = grpo_loss(new, old, reference, sequence, advantage, total_sequences=3, **OPTIONS).loss
+    first, rest = sequence < 1, sequence >= 1
+    parts = grpo_loss(
+        new[first], old[first], reference[first], sequence[first], advantage[:1], total_sequences=3, **OPTIONS
+    ).loss + grpo_loss(
+        new[rest], old[rest], reference[rest], sequence[rest] - 1, advantage[1:], total_sequences=3, **OPTIONS
+    ).loss
+    assert whole.item() == pytest.approx(parts.item(), rel=1e-12)
