@@ -5,13 +5,10 @@ The model is trained on the spot to know a few tasks by heart, so that episodes 
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 
 import pytest
-import torch
 
-from components.environments.chat_format import conversation_words
 from components.environments.kg_query import KnowledgeGraphQuery
 from components.evaluation.play import Player, play
 from components.rollouts import EpisodeRequest, OpenAIPolicy, run_episodes
@@ -27,34 +24,9 @@ from components.runtime.task_set import write_task_set
 from components.runtime.tracking import Tracker
 from components.serving import check
 from components.serving.config import ServingConfig
-from model.config import ModelConfig
-from model.context import PackedContext
-from model.transformer import Transformer
-from tests.components.serving.served import WORDS, save_checkpoint, start_server
+from tests.components.serving.served import learn_by_heart, save_checkpoint, start_server
 
 FAMILY = KnowledgeGraphQuery()
-
-
-def learn_by_heart(tasks: list[TaskRecord], steps: int = 150) -> Transformer:
-    """A micro model that has memorised the careful teacher's play of these tasks."""
-    ids, written, lengths = [], [], []
-    for task in tasks:
-        demonstration = FAMILY.play(task, "careful", random.Random(0))
-        words, by_assistant = conversation_words(demonstration.messages, task.tools)
-        ids += [WORDS.index(word) for word in words]
-        written += by_assistant
-        lengths.append(len(words))
-    ids_T = torch.tensor(ids)
-    targets = torch.tensor(written).nonzero().flatten()
-    model = Transformer(ModelConfig.preset("micro", vocab_size=len(WORDS))).initialise(0)
-    optimiser = torch.optim.Adam(model.network_parameters(), lr=4e-3)
-    for _ in range(steps):
-        logits_TV = model(ids_T, PackedContext.from_lengths(lengths))
-        loss = torch.nn.functional.cross_entropy(logits_TV[targets - 1], ids_T[targets])
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-    return model
 
 
 @pytest.fixture(scope="module")
