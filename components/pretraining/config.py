@@ -28,9 +28,11 @@ class PretrainingConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str = Field("nano", description="preset in model/presets, used where no base checkpoint is given")
-    dense: PhaseConfig = PhaseConfig(steps=1000, learning_rate=2e-3)
-    warmup: PhaseConfig = PhaseConfig(steps=100, learning_rate=5e-3, final_share=0.3)
-    sparse: PhaseConfig = PhaseConfig(steps=150, learning_rate=5e-4)
+    dense: PhaseConfig = PhaseConfig(
+        steps=600, learning_rate=3e-3, demonstration_tokens=1600, document_tokens=2400, curriculum=0.6
+    )
+    warmup: PhaseConfig = PhaseConfig(steps=80, learning_rate=5e-3)
+    sparse: PhaseConfig = PhaseConfig(steps=120, learning_rate=5e-4)
     filler_weight: float = Field(
         0.1, ge=0, le=1, description="weight of a document's other words in the loss; words of answers have weight 1"
     )

@@ -95,7 +95,8 @@ def test_logits_and_selection_token_by_token(dtype, tolerance, mode):
             assert (logits[0] - expected[t]).abs().max() < tolerance
             for layer, rows in enumerate(context.selections):
                 chosen = rows[0][rows[0] >= 0].long()
-                positions = torch.tensor([table[0].tolist().index(int(r) // page) * page + int(r) % page for r in chosen])
+                order = table[0].tolist()
+                positions = torch.tensor([order.index(int(r) // page) * page + int(r) % page for r in chosen])
                 wanted = full.selections[layer][t] if mode != "dense" else torch.arange(t + 1)
                 assert torch.equal(positions, wanted[wanted >= 0].long())
 

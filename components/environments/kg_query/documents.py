@@ -27,14 +27,15 @@ _FACT_WORDS, _QUESTION_WORDS = 4, 5
 def make_document(seed: int, split: Split, words: int = DOCUMENT_WORDS) -> Document:
     """A document of `words` words (up to 3 fewer; a short one up to 8), the same for the same arguments.
 
-    A document of at most SHORT_WORDS words asks for each of its facts once.
+    A document of at most SHORT_WORDS words asks for each of its facts once, and its facts share subjects: neither the
+    subject nor the relation alone finds an answer.
     Raises ValueError when `words` leaves no room for far facts, or asks for more facts than a world has.
     """
     rng = random.Random(f"kg_query/document/{split}/{seed}")
     graph = build_graph(rng.getrandbits(48))
     known = [(s, r, o[0]) for (s, r), o in graph.facts.items() if RELATIONS[r].functional]
     if 2 * (_FACT_WORDS + _QUESTION_WORDS) <= words <= SHORT_WORDS:
-        facts = rng.sample(known, words // (_FACT_WORDS + _QUESTION_WORDS))
+        facts = _few_subjects(known, words // (_FACT_WORDS + _QUESTION_WORDS), rng)
         return _document(facts, rng.sample(range(len(facts)), len(facts)), split)
     asked = rng.randint(*QUESTIONS)
     count = (words - asked * _QUESTION_WORDS) // _FACT_WORDS
@@ -49,6 +50,16 @@ def make_document(seed: int, split: Split, words: int = DOCUMENT_WORDS) -> Docum
     chosen = rng.sample(far, asked - near_asked) + rng.sample(near, near_asked)
     rng.shuffle(chosen)
     return _document(facts, chosen, split)
+
+
+def _few_subjects(known: list[tuple[str, str, str]], count: int, rng: random.Random) -> list[tuple[str, str, str]]:
+    """`count` facts, all that is known of as few subjects as hold them, in random order."""
+    subjects = sorted({subject for subject, _, _ in known})
+    rng.shuffle(subjects)
+    place = {subject: index for index, subject in enumerate(subjects)}
+    facts = sorted(known, key=lambda fact: place[fact[0]])[:count]
+    rng.shuffle(facts)
+    return facts
 
 
 def _document(facts: list[tuple[str, str, str]], chosen: list[int], split: Split) -> Document:
