@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import re
 import sys
 from collections.abc import Iterable
 from functools import cache
@@ -17,6 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("kernels", "model", "components", "pipelines")
 PLUGIN_LOADER, PLUGIN_GROUP = "components.environments.protocol", "sparseline.environments"
+MODULE_NAME = re.compile(rf"(?:{'|'.join(PACKAGES)})(?:\.\w+)+")
 DATA_SUFFIXES = (".yaml", ".json", ".jinja", ".html", ".css")
 
 
@@ -48,6 +50,13 @@ def imports(source_text: str, package: str) -> frozenset[str]:
     return frozenset(names)
 
 
+@cache
+def named(source_text: str) -> frozenset[str]:
+    """Module names that stand in strings, as in `[sys.executable, "-m", "components.serving"]`."""
+    texts = (node.value for node in ast.walk(ast.parse(source_text)) if isinstance(node, ast.Constant))
+    return frozenset(text for text in texts if isinstance(text, str) and MODULE_NAME.fullmatch(text))
+
+
 def closure(modules: Iterable[str], root: Path = ROOT) -> tuple[dict[str, Path], set[str]]:
     """Our modules that `modules` reach, with their files, and the names of other top-level packages that they import.
 
@@ -63,12 +72,16 @@ def closure(modules: Iterable[str], root: Path = ROOT) -> tuple[dict[str, Path],
         name = waiting.pop()
         path = module_path(name, root)
         if path is None:
-            others.add(name.split(".", 1)[0])
+            if name:
+                others.add(name.split(".", 1)[0])
             continue
         if name in found:
             continue
         found[name] = path
-        waiting.extend(imports(path.read_text(), name if path.name == "__init__.py" else name.rpartition(".")[0]))
+        text = path.read_text()
+        waiting.extend(imports(text, name if path.name == "__init__.py" else name.rpartition(".")[0]))
+        # A program that is started as a process of its own is reached, too.
+        waiting.extend(started for other in named(text) for started in (other, f"{other}.__main__"))
         if "." in name:  # importing a.b.c runs a/__init__.py and a/b/__init__.py too
             parent = name.rpartition(".")[0]
             if module_path(parent, root) is not None:
@@ -76,6 +89,15 @@ def closure(modules: Iterable[str], root: Path = ROOT) -> tuple[dict[str, Path],
         if name == PLUGIN_LOADER:
             waiting.extend(entry.module for entry in entry_points(group=PLUGIN_GROUP))
     return found, others - set(PACKAGES) - set(sys.stdlib_module_names)
+
+
+def data_beside(folder: Path) -> list[Path]:
+    """Data files in a package's folder, and in its subfolders that hold data only."""
+    found = [path for path in folder.iterdir() if path.suffix in DATA_SUFFIXES]
+    for inner in folder.iterdir():
+        if inner.is_dir() and inner.name != "__pycache__" and not any(inner.glob("*.py")):
+            found.extend(path for path in inner.rglob("*") if path.suffix in DATA_SUFFIXES)
+    return found
 
 
 def code_digest(modules: Iterable[str], root: Path = ROOT) -> str:
@@ -86,7 +108,7 @@ def code_digest(modules: Iterable[str], root: Path = ROOT) -> str:
     found, others = closure(modules, root)
     files = set(found.values())
     for folder in {path.parent for path in files}:
-        files.update(path for path in folder.iterdir() if path.suffix in DATA_SUFFIXES)
+        files.update(data_beside(folder))
     content = hashlib.sha256(f"python {sys.version_info.major}.{sys.version_info.minor}\n".encode())
     for path in sorted(files, key=lambda path: path.relative_to(root).as_posix()):
         data = path.read_bytes()

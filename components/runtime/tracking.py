@@ -8,6 +8,7 @@ nothing: `metrics.jsonl` (one JSON a line: name, value, step, seconds), which re
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -50,8 +51,12 @@ class Tracker:
         self._event("parameters", values=flatten(values))
 
     def artifact(self, path: Path) -> None:
-        """A file to keep with the run (a report, a picture)."""
-        self._event("artifact", path=str(Path(path).resolve()))
+        """A file to keep with the run (a report, a picture). Copied now: the original may lie in the scratch folder."""
+        if self.directory:
+            kept = self.directory / "artifacts" / Path(path).name
+            kept.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, kept)
+            self._event("artifact", path=str(kept.resolve()))
 
     def model(self, pointer: Pointer, facts: Mapping[str, Any]) -> None:
         """A checkpoint that was published: becomes an MLflow LoggedModel with pointer and sha256."""

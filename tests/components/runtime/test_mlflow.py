@@ -34,9 +34,11 @@ def record(settings, stage, points):
     for step in range(points):
         tracker.metric("loss", 1.0 / (step + 1), step)
     tracker.parameters({"rate": 0.5, "inner": {"depth": 3}})
-    page = directory / "page.html"
+    page = directory / "work" / "page.html"
+    page.parent.mkdir()
     page.write_text("<p>report</p>")
     tracker.artifact(page)
+    page.unlink()  # as the scratch folder of a stage that has ended
     tracker.model(checkpoint("a"), {"steps": points})
     tracker.close()
 
