@@ -22,7 +22,8 @@ def trajectories(model: Transformer, top_p: float, temperature: float = 0.8, cou
 
 @pytest.fixture(scope="module")
 def model() -> Transformer:
-    return Transformer(ModelConfig.preset("micro", vocab_size=50, index_topk=9, initializer_range=0.3)).initialise(0).eval()
+    config = ModelConfig.preset("micro", vocab_size=50, index_topk=9, initializer_range=0.3)
+    return Transformer(config).initialise(0).eval()
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.7])
