@@ -33,7 +33,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from kernels.launch import processors
 
-THREADS = gl.constexpr(128)  # of a warpgroup
+PRODUCER_WARPS = gl.constexpr(4)  # as in WIDE and NARROW; 8 would leave the consumers too few registers
 HALF = gl.constexpr(256)
 SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 OUTPUT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16]))
@@ -43,13 +43,15 @@ NARROW = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 
 @triton.jit
 def span_kernel(indices_ptr, span_ptr, key_rows, stride, KEYS: tl.constexpr, KEYS_PADDED: tl.constexpr):
-    """Slots up to the last valid index of a row; -1 - that where an index is no row of the keys."""
+    """Per row: the slots up to the last valid index (-1 - that where an index is no row of the keys), and a valid
+    index."""
     row = tl.program_id(0).to(tl.int64)
     slot_K = tl.arange(0, KEYS_PADDED)
     index_K = tl.load(indices_ptr + row * stride + slot_K, mask=slot_K < KEYS, other=-1)
     length = tl.max(tl.where(index_K >= 0, slot_K + 1, 0), 0)
     broken = tl.max(((index_K >= key_rows) | (index_K < -1)).to(tl.int32), 0)
-    tl.store(span_ptr + row, tl.where(broken > 0, -1 - length, length))
+    tl.store(span_ptr + 2 * row, tl.where(broken > 0, -1 - length, length))
+    tl.store(span_ptr + 2 * row + 1, tl.maximum(tl.max(tl.where(index_K < key_rows, index_K, -1), 0), 0))
 
 
 @gluon.jit
@@ -60,17 +62,26 @@ def _arrive(barrier):
 
 
 @gluon.jit
-def _gather(destination, rows, valid, column: gl.constexpr, WIDTH: gl.constexpr, layout: gl.constexpr):
-    """rows: pointers to the first column of each row; a row that is not valid becomes zeros."""
+def _gather(destination, rows, column: gl.constexpr, WIDTH: gl.constexpr, layout: gl.constexpr):
+    """rows: pointers to the first column of each row."""
     column_D = column + gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
-    pointers = gl.expand_dims(rows, 1) + gl.expand_dims(column_D, 0)
-    async_copy.async_copy_global_to_shared(destination, pointers, mask=gl.expand_dims(valid, 1))
+    async_copy.async_copy_global_to_shared(destination, gl.expand_dims(rows, 1) + gl.expand_dims(column_D, 0))
 
 
 @gluon.jit
 def _block_indices(indices_ptr, slot, KEYS: gl.constexpr, layout: gl.constexpr):
     slot_N = slot + gl.arange(0, 64, gl.SliceLayout(1, layout))
     return gl.load(indices_ptr + slot_N, mask=slot_N < KEYS, other=-1)
+
+
+@gluon.jit
+def _key_rows(kv_ptr, index_N, stand_in, key_rows, kv_stride):
+    """An index that is no row reads a row that the token did select: the consumers mask its score, and its values are
+    finite where the others are. Predicates on every copy would cost the producer a third of its instructions."""
+    valid_N = (index_N >= 0) & (index_N < key_rows)
+    # unsigned: one 32 x 32 -> 64 bit multiplication a row
+    row_N = gl.where(valid_N, index_N, stand_in).to(gl.uint32).to(gl.uint64)
+    return kv_ptr + row_N * kv_stride.to(gl.uint32).to(gl.uint64)
 
 
 @gluon.jit
@@ -86,8 +97,9 @@ def _producer(
         token = (tile // ROW_BLOCKS).to(gl.int64)
         head = (tile % ROW_BLOCKS) * 64
         row_indices = indices_ptr + token * indices_stride
-        span = gl.load(span_ptr + token)
+        span = gl.load(span_ptr + 2 * token)
         pairs = (gl.maximum(span, -1 - span) + 127) // 128
+        stand_in = gl.load(span_ptr + 2 * token + 1)
 
         index_N = _block_indices(row_indices, 0, KEYS, WIDE)
         if HAS_REST:
@@ -95,31 +107,29 @@ def _producer(
         mbarrier.wait(q_free, (tiles_done & 1) ^ 1)
         q_row = q_ptr + token * q_stride_t
         head_M = head + gl.arange(0, 64, gl.SliceLayout(1, WIDE))
-        _gather(q.index(0), q_row + head_M * q_stride_h, head_M >= 0, 0, HALF, WIDE)
-        _gather(q.index(1), q_row + head_M * q_stride_h, head_M >= 0, HALF, HALF, WIDE)
+        _gather(q.index(0), q_row + head_M * q_stride_h, 0, HALF, WIDE)
+        _gather(q.index(1), q_row + head_M * q_stride_h, HALF, HALF, WIDE)
         if HAS_REST:
             head_M = head + gl.arange(0, 64, gl.SliceLayout(1, NARROW))
-            _gather(q_rest.index(0), q_row + head_M * q_stride_h, head_M >= 0, 2 * HALF, 64, NARROW)
+            _gather(q_rest.index(0), q_row + head_M * q_stride_h, 2 * HALF, 64, NARROW)
         async_copy.mbarrier_arrive(q_ready, increment_count=False)
 
         for pair in range(pairs):
             free = (pairs_done & 1) ^ 1
             for block in gl.static_range(2):
-                valid_N = (index_N >= 0) & (index_N < key_rows)
-                row_N = kv_ptr + gl.where(valid_N, index_N, 0).to(gl.int64) * kv_stride
+                row_N = _key_rows(kv_ptr, index_N, stand_in, key_rows, kv_stride)
                 # the indices of the next block travel while this one is gathered
                 next_slot = pair * 128 + block * 64 + 64
                 index_N = _block_indices(row_indices, next_slot, KEYS, WIDE)
                 mbarrier.wait(own_free.index(block), free)
-                _gather(own.index(block), row_N, valid_N, block * HALF, HALF, WIDE)
+                _gather(own.index(block), row_N, block * HALF, HALF, WIDE)
                 async_copy.mbarrier_arrive(own_ready.index(block), increment_count=False)
                 mbarrier.wait(other_free.index(block), free)
-                _gather(other.index(block), row_N, valid_N, (1 - block) * HALF, HALF, WIDE)
+                _gather(other.index(block), row_N, (1 - block) * HALF, HALF, WIDE)
                 if HAS_REST:
-                    valid_N = (rest_index_N >= 0) & (rest_index_N < key_rows)
-                    row_N = kv_ptr + gl.where(valid_N, rest_index_N, 0).to(gl.int64) * kv_stride
+                    row_N = _key_rows(kv_ptr, rest_index_N, stand_in, key_rows, kv_stride)
                     rest_index_N = _block_indices(row_indices, next_slot, KEYS, NARROW)
-                    _gather(rest.index(block), row_N, valid_N, 2 * HALF, 64, NARROW)
+                    _gather(rest.index(block), row_N, 2 * HALF, 64, NARROW)
                 async_copy.mbarrier_arrive(other_ready.index(block), increment_count=False)
             pairs_done += 1
         tiles_done += 1  # noqa: SIM113
@@ -163,7 +173,7 @@ def _consumer(
         token = (tile // ROW_BLOCKS).to(gl.int64)
         head = (tile % ROW_BLOCKS) * 64
         row_indices = indices_ptr + token * indices_stride
-        span = gl.load(span_ptr + token)
+        span = gl.load(span_ptr + 2 * token)
         pairs = (gl.maximum(span, -1 - span) + 127) // 128
         max_M = gl.full([64], -1e30, gl.float32, rows)  # finite: no inf - inf where nothing is selected
         sum_M = gl.zeros([64], gl.float32, rows)
@@ -292,12 +302,12 @@ def sparse_attention_hopper_kernel(
     other_free = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
     p_ready = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
     sum_ready = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
-    mbarrier.init(q_ready, count=THREADS)
+    mbarrier.init(q_ready, count=32 * PRODUCER_WARPS)
     mbarrier.init(q_free, count=2)
     for i in gl.static_range(2):
-        mbarrier.init(own_ready.index(i), count=THREADS)
+        mbarrier.init(own_ready.index(i), count=32 * PRODUCER_WARPS)
         mbarrier.init(own_free.index(i), count=1)
-        mbarrier.init(other_ready.index(i), count=THREADS)
+        mbarrier.init(other_ready.index(i), count=32 * PRODUCER_WARPS)
         mbarrier.init(other_free.index(i), count=1)
         mbarrier.init(p_ready.index(i), count=1)
         mbarrier.init(sum_ready.index(i), count=1)
@@ -322,7 +332,7 @@ def sparse_attention_hopper_kernel(
                 kv_stride, indices_stride, KEYS, ROW_BLOCKS, HAS_REST,
             )),
         ],
-        [4, 4],
+        [4, PRODUCER_WARPS],
         [200, 104],
     )  # fmt: skip
 
@@ -339,16 +349,16 @@ def sparse_attention(
     (tokens, heads, dim), keys = q_THD.shape, indices_TK.shape[1]
     out_THV = q_THD.new_empty(tokens, heads, 512)
     lse_TH = q_THD.new_empty(tokens, heads, dtype=torch.float32)
-    span_T = torch.empty(tokens, dtype=torch.int32, device=q_THD.device)
+    span_T2 = torch.empty(tokens, 2, dtype=torch.int32, device=q_THD.device)
     span_kernel[(tokens,)](
-        indices_TK, span_T, kv_SD.shape[0], indices_TK.stride(0), KEYS=keys, KEYS_PADDED=triton.next_power_of_2(keys)
+        indices_TK, span_T2, kv_SD.shape[0], indices_TK.stride(0), KEYS=keys, KEYS_PADDED=triton.next_power_of_2(keys)
     )
     tiles = tokens * (heads // 64)
     sparse_attention_hopper_kernel[(min(tiles, processors(q_THD.device)),)](
         q_THD,
         kv_SD,
         indices_TK,
-        span_T,
+        span_T2,
         sink_H,
         out_THV,
         lse_TH,

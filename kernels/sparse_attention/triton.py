@@ -5,7 +5,7 @@ the heads of one token, or of `block` neighbouring tokens. It gathers BLOCK_K ke
 softmax in the base-2 domain. MQA is one group whose values are the first columns of its keys, so each row is read once.
 
 Legend: T query tokens, S key rows, K selected keys per selection, H query heads, G key-value heads, D key width,
-V value width, M rows of a program, N keys of a step.
+V value width, M rows of a program, N keys of a step, P splits of a selection.
 """
 
 import math
@@ -64,9 +64,14 @@ def sparse_attention_kernel(
     BLOCK_K: tl.constexpr,
     HAS_END: tl.constexpr,
     HAS_SINK: tl.constexpr,
+    SPLITS: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Key columns are MAIN (a power of two where possible) plus REST; SHARED: the values are the MAIN columns."""
+    """Key columns are MAIN (a power of two where possible) plus REST; SHARED: the values are the MAIN columns.
+
+    SPLITS > 1: program (., p) takes the p-th part of the selection, and out and lse are [T, H, P, ...]; see
+    sparse_decode.
+    """
     per_group: tl.constexpr = HEADS // GROUPS
     row_blocks: tl.constexpr = (BLOCK * per_group + ROWS - 1) // ROWS
     program = tl.program_id(0)
@@ -101,7 +106,9 @@ def sparse_attention_kernel(
     max_M = tl.full([ROWS], -1e30, tl.float32)  # finite: a row without keys must not compute inf - inf
     sum_M = tl.zeros([ROWS], tl.float32)
     acc_MV = tl.zeros([ROWS, VALUE_PADDED], tl.float32)
-    for start in range(0, length, BLOCK_K):
+    part = (length + SPLITS * BLOCK_K - 1) // (SPLITS * BLOCK_K) * BLOCK_K
+    split = tl.program_id(1)
+    for start in range(split * part, min(length, split * part + part), BLOCK_K):
         slot_N = start + tl.arange(0, BLOCK_K)
         index_N = tl.load(indices_ptr + slot_N, mask=slot_N < KEYS, other=-1)
         valid_N = (index_N >= 0) & (index_N < key_rows)
@@ -142,7 +149,7 @@ def sparse_attention_kernel(
         lse_M = factor_M
     # 0 x NaN from a poisoned value cannot reach an empty row: no key of it was read
     out_MV = acc_MV * factor_M[:, None]
-    out_row_M = token_M * HEADS + head_M
+    out_row_M = (token_M * HEADS + head_M) * SPLITS + split
     tl.store(
         out_ptr + out_row_M[:, None] * VALUE + value_V[None, :],
         out_MV.to(out_ptr.dtype.element_ty),
@@ -211,19 +218,25 @@ def sparse_attention(
     sink_H: torch.Tensor | None = None,
     block: int = 1,
     key_end_T: torch.Tensor | None = None,
+    splits: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launches the kernel. v_SGV None: MQA with shared values. Arguments are checked by the caller; see the package."""
+    """Launches the kernel. v_SGV None: MQA with shared values. Arguments are checked by the caller; see the package.
+
+    splits > 1 returns the parts, out [T, H, P, V] in fp32 and lse [T, H, P], each normalised by itself.
+    """
     tokens, heads, dim = q_THD.shape
     groups, keys = k_SGD.shape[1], indices_BK.shape[1]
-    out_THV = q_THD.new_empty(tokens, heads, value_dim)
-    lse_TH = q_THD.new_empty(tokens, heads, dtype=torch.float32)
+    parts = () if splits == 1 else (splits,)
+    out_dtype = q_THD.dtype if splits == 1 else torch.float32
+    out_THV = q_THD.new_empty(tokens, heads, *parts, value_dim, dtype=out_dtype)
+    lse_TH = q_THD.new_empty(tokens, heads, *parts, dtype=torch.float32)
     values = k_SGD if v_SGV is None else v_SGV
     compiled = constants(
         heads, groups, keys, dim, value_dim, v_SGV is None, block, key_end_T is not None, sink_H is not None,
         q_THD.dtype, capability(q_THD.device),
     )  # fmt: skip
     row_blocks = triton.cdiv(block * heads // groups, compiled["ROWS"])
-    sparse_attention_kernel[(indices_BK.shape[0] * groups * row_blocks,)](
+    sparse_attention_kernel[(indices_BK.shape[0] * groups * row_blocks, splits)](
         q_THD,
         k_SGD,
         values,
@@ -242,6 +255,7 @@ def sparse_attention(
         values.stride(0),
         values.stride(1),
         indices_BK.stride(0),
+        SPLITS=splits,
         UPCAST=INTERPRETED and q_THD.dtype != torch.float32,
         **compiled,
     )
