@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,7 @@ def training_figures(watch: RunWatch) -> list[str]:
     """Loss, KL and reward of the training stages, and pass@1 on validation."""
     figures = []
     for stage in TRAINING:
-        curves = read_metrics(watch.stage_directory(stage))
+        curves, phases = one_axis(read_metrics(watch.stage_directory(stage)))
         title = watch.stages[stage].title
         for label, words, unit in (
             ("loss", ("loss", "ce"), "nats per token"),
@@ -98,8 +98,28 @@ def training_figures(watch: RunWatch) -> list[str]:
         ):
             chosen = {name: points for name, points in curves.items() if is_about(name, words)}
             if chosen:
-                figures.append(line_figure(f"{title}: {label}", chosen, x="step", y=unit))
+                figures.append(line_figure(f"{title}: {label}", chosen, x="step", y=unit, marks=phases))
     return figures
+
+
+def one_axis(
+    curves: Mapping[str, Sequence[tuple[int, float]]],
+) -> tuple[dict[str, list[tuple[int, float]]], list[tuple[int, str]]]:
+    """Curves named `phase/name` joined into one curve per name, and where each phase begins.
+
+    Every phase counts its own steps from 0; on the joined axis a phase begins after the last step of the one before.
+    """
+    starts: dict[str, int] = {}
+    end = 0
+    for phase in dict.fromkeys(name.partition("/")[0] for name in curves):
+        starts[phase] = end
+        steps = [point[0] for name, points in curves.items() if name.partition("/")[0] == phase for point in points]
+        end += max(steps) + 1
+    joined: dict[str, list[tuple[int, float]]] = {}
+    for name, points in curves.items():
+        phase, _, short = name.partition("/")
+        joined.setdefault(short or phase, []).extend((starts[phase] + step, value) for step, value in points)
+    return joined, [(start, phase) for phase, start in starts.items()] if len(starts) > 1 else []
 
 
 def is_about(name: str, words: tuple[str, ...]) -> bool:

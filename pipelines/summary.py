@@ -12,9 +12,24 @@ from pipelines.watch import RunWatch
 
 # What a table row says of a stage: (label, path into the stage's summary). Missing numbers are left out.
 KEY_NUMBERS: dict[str, list[tuple[str, str]]] = {
-    "synthesis": [("tasks", "train_tasks"), ("demonstrations", "demonstrations"), ("documents", "documents")],
-    "pretraining": [("parameters", "parameters"), ("loss", "loss"), ("indexer KL", "indexer_kl")],
-    "post_training": [("steps", "steps"), ("reward", "reward"), ("validation pass@1", "validation_pass_at_1")],
+    "synthesis": [
+        ("tasks", "train_tasks"),
+        ("held-out templates", "test_templates"),
+        ("demonstrations", "demonstrations"),
+        ("documents", "documents"),
+    ],
+    "pretraining": [
+        ("parameters", "parameters"),
+        ("loss dense", "dense_demonstration_loss"),
+        ("sparse", "sparse_demonstration_loss"),
+        ("answers in documents", "sparse_document_accuracy"),
+    ],
+    "post_training": [
+        ("validation pass@1 before", "validation_pass_at_1_before"),
+        ("best", "validation_pass_at_1_best"),
+        ("at step", "best_step"),
+        ("rollouts", "rollouts"),
+    ],
     "evaluation": [
         ("pass@1 before", "pass_at_1.before.macro"),
         ("after", "pass_at_1.after.macro"),

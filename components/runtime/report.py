@@ -58,9 +58,14 @@ def thin(points: Sequence[tuple[float, float]], most: int = MOST_POINTS) -> list
 
 
 def line_figure(
-    title: str, curves: Mapping[str, Sequence[tuple[float, float]]], *, x: str, y: str, logarithmic: bool = False
+    title: str,
+    curves: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    x: str,
+    y: str,
+    marks: Sequence[tuple[float, str]] = (),
 ) -> str:
-    """A figure with one line a curve. Points are (x, y); the curves' names are the legend."""
+    """A figure with one line a curve. Points are (x, y); the curves' names are the legend; `marks` are labelled x."""
     figure, axes = _axes(x, y)
     described = []
     for position, (name, points) in enumerate(curves.items()):
@@ -72,8 +77,12 @@ def line_figure(
             Series(name, f"from {ys[0]:.4g} at {points[0][0]:g} to {ys[-1]:.4g} at {points[-1][0]:g}; "
                          f"lowest {min(ys):.4g}, highest {max(ys):.4g}")
         )  # fmt: skip
-    if logarithmic and all(y > 0 for points in curves.values() for _, y in points):
-        axes.set_yscale("log")
+    for place, label in marks:
+        axes.axvline(place, color=INK, alpha=0.25, linewidth=0.8, linestyle=":")
+        axes.annotate(
+            label, (place, 1), xycoords=("data", "axes fraction"), xytext=(3, 1), textcoords="offset points",
+            color=INK, fontsize=8, va="bottom",
+        )  # fmt: skip
     if len(curves) > 1:
         axes.legend(frameon=False, labelcolor=INK, fontsize=9)
     return _finish(figure, title, described)
