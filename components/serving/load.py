@@ -41,13 +41,9 @@ def locate(model: str, settings: Settings) -> tuple[Path, str, str]:
     directory = Path(model).expanduser()
     if not directory.is_dir():
         raise InputError(f"{model!r} is no directory; give a checkpoint's folder or models:/NAME@champion")
-    manifest = directory / artifacts.MANIFEST
-    identity = (
-        artifacts.file_sha256(manifest if manifest.is_file() else directory / "config.json")[:12]
-        if (manifest.is_file() or (directory / "config.json").is_file())
-        else ""
-    )
-    return directory, directory.resolve().name, identity
+    told = [path for name in (artifacts.MANIFEST, "config.json") if (path := directory / name).is_file()]
+    fingerprint = artifacts.file_sha256(told[0])[:12] if told else ""
+    return directory, directory.resolve().name, fingerprint
 
 
 def load(directory: Path, name: str, fingerprint: str, *, dtype: torch.dtype, device: str) -> Served:
