@@ -77,14 +77,14 @@ def line_figure(
             Series(name, f"from {ys[0]:.4g} at {points[0][0]:g} to {ys[-1]:.4g} at {points[-1][0]:g}; "
                          f"lowest {min(ys):.4g}, highest {max(ys):.4g}")
         )  # fmt: skip
-    for place, label in marks:
+    for position, (place, label) in enumerate(marks):
         axes.axvline(place, color=INK, alpha=0.25, linewidth=0.8, linestyle=":")
         axes.annotate(
-            label, (place, 1), xycoords=("data", "axes fraction"), xytext=(3, 1), textcoords="offset points",
+            label, (place, 1), xycoords=("data", "axes fraction"), xytext=(3, 1 + 9 * (position % 2)), textcoords="offset points",
             color=INK, fontsize=8, va="bottom",
         )  # fmt: skip
     if len(curves) > 1:
-        axes.legend(frameon=False, labelcolor=INK, fontsize=9)
+        _legend(figure)
     return _finish(figure, title, described)
 
 
@@ -109,13 +109,18 @@ def bar_figure(title: str, groups: Mapping[str, Sequence[tuple[str, float]]], *,
     for position, (name, bars) in enumerate(groups.items()):
         places = [i - 0.4 + width * (position + 0.5) for i in range(len(bars))]
         axes.bar(places, [value for _, value in bars], width * 0.92, color=COLOURS[position], label=name)
-    axes.set_xticks(range(len(labels)), labels)
+    axes.set_xticks(range(len(labels)), labels, rotation=35 if sum(map(len, labels)) > 45 else 0)
     if len(groups) > 1:
-        axes.legend(frameon=False, labelcolor=INK, fontsize=9)
+        _legend(figure)
     described = [
         Series(name, ", ".join(f"{label}: {value:.4g}" for label, value in bars)) for name, bars in groups.items()
     ]
     return _finish(figure, title, described)
+
+
+def _legend(figure: Any) -> None:
+    """Above the plot, where it covers nothing."""
+    figure.legend(loc="outside upper left", ncols=2, frameon=False, labelcolor=INK, fontsize=9)
 
 
 def _axes(x: str, y: str, height: float = 3.0) -> tuple[Any, Any]:
