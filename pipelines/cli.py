@@ -1,4 +1,4 @@
-"""The command line: `sparseline run`, `sparseline compile`, `sparseline profiles`, `sparseline ui`."""
+"""The command line: `sparseline run`, `compile`, `profiles`, `serve`, `ui`."""
 
 from __future__ import annotations
 
@@ -75,6 +75,23 @@ def profiles_() -> None:
 
     for name in profiles.names():
         print(f"{name:12} {profiles.load(name).description}")
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Option(help="models:/NAME@ALIAS, models:/NAME/VERSION, or a checkpoint folder")] = (
+        "models:/sparseline-nano@champion"
+    ),
+    runs: Annotated[Path, RUNS] = Path("runs"),
+    store: Annotated[str, typer.Option(help="the store of the runs, as in `sparseline run`")] = "",
+    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="TCP port; 0: a free one")] = 8080,
+) -> None:
+    """Serve a model of this machine's registry: an OpenAI-compatible API."""
+    from pipelines.run import local_settings
+    from pipelines.run import serve as serve_model
+
+    raise typer.Exit(serve_model(local_settings(runs, store), model, ["--host", host, "--port", str(port)]))
 
 
 @app.command()

@@ -9,10 +9,11 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,24 +67,25 @@ def run(options: RunOptions, console: Console) -> int:
     if options.base and not (options.base / "config.json").is_file():
         raise InputError(f"the base checkpoint {options.base} has no config.json; give a folder in Hugging Face layout")
     runs = options.runs.resolve()
-    surroundings = Settings.read({**os.environ, "SPARSELINE_RUNS": str(runs)})
-    settings = surroundings.model_copy(
+    settings = local_settings(runs, options.store).model_copy(
         update={"run_id": new_run_id(), "model": profile.model, "mirrored": True, "mlflow_run_id": ""}
     )
-    if options.store:
-        settings = settings.model_copy(update={"store": options.store})
-    elif not os.environ.get("SPARSELINE_STORE"):
-        settings = settings.model_copy(update={"store": "" if weed_program() else str(runs / "store")})
     directory = runs / settings.run_id
     with ExitStack() as stack:
         with disk_errors(runs):
             stack.enter_context(only_run(runs))
-            store_settings, store = stack.enter_context(open_or_embed(settings, directory))
+            store_settings, store = stack.enter_context(open_or_embed(settings))
             directory.mkdir(parents=True, exist_ok=True)
         write_json(directory / "configurations.json", configurations)
+        # It compiles while we connect to MLflow.
         execution = stack.enter_context(Execution(directory, options.pipeline))
-        base = publish_base(store, options.base, settings.run_id)
-        mirror = RunMirror.connect(store_settings, options.profile, options.seed)
+        try:
+            base = publish_base(store, options.base, settings.run_id)
+            mirror = RunMirror.connect(store_settings, options.profile, options.seed)
+        except BaseException:
+            execution.stop()
+            shutil.rmtree(directory, ignore_errors=True)
+            raise
         arguments = {
             "seed": options.seed,
             "base_checkpoint": base.model_dump_json() if base else "",
@@ -134,6 +136,16 @@ def run(options: RunOptions, console: Console) -> int:
     return code
 
 
+def local_settings(runs: Path, store: str) -> Settings:
+    """The settings of this machine. An empty `store` in them stands for the embedded one."""
+    settings = Settings.read({**os.environ, "SPARSELINE_RUNS": str(runs.resolve())})
+    if store:
+        return settings.model_copy(update={"store": store})
+    if os.environ.get("SPARSELINE_STORE"):
+        return settings
+    return settings.model_copy(update={"store": "" if weed_program() else str(settings.runs / "store")})
+
+
 @contextmanager
 def only_run(runs: Path) -> Iterator[None]:
     """Hold the runs folder. Raises InputError when another run holds it: the store has one owner."""
@@ -143,8 +155,9 @@ def only_run(runs: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             lock.seek(0)
+            holder = lock.read().strip() or "unknown"
             raise InputError(
-                f"another run (process {lock.read().strip() or 'unknown'}) uses {runs}; wait for it, or give --runs"
+                f"another sparseline (process {holder}) uses {runs}; wait for it, or give --runs"
             ) from error
         lock.truncate(0)
         lock.write(f"{os.getpid()}\n")
@@ -153,7 +166,7 @@ def only_run(runs: Path) -> Iterator[None]:
 
 
 @contextmanager
-def open_or_embed(settings: Settings, directory: Path) -> Iterator[tuple[Settings, ObjectStore]]:
+def open_or_embed(settings: Settings) -> Iterator[tuple[Settings, ObjectStore]]:
     """The store that the settings name, tried out; or, when they name none, the embedded one."""
     if settings.store:
         store = settings.open_store()
@@ -173,6 +186,19 @@ def open_or_embed(settings: Settings, directory: Path) -> Iterator[tuple[Setting
             "secret_key": embedded.secret_key,
         }
         yield settings.model_copy(update=values), embedded
+
+
+def serve(settings: Settings, model: str, arguments: Sequence[str]) -> int:
+    """Serve `model` from this machine's store until the server ends. Returns its exit code."""
+    with only_run(settings.runs), open_or_embed(settings) as (opened, _):
+        server = processes.start(
+            [sys.executable, "-m", "components.serving", "--model", model, *arguments],
+            environment={**os.environ, **opened.environment(), processes.OWNER: processes.identity()},
+        )
+        try:
+            return server.wait()
+        finally:
+            processes.stop(server)
 
 
 def publish_base(store: ObjectStore, base: Path | None, run_id: str) -> Pointer | None:
@@ -242,6 +268,11 @@ def outcome(watch: RunWatch, execution: Execution, interrupted: bool) -> tuple[i
         if failed.failure["kind"] == "fault":
             message += f"\nthe traceback is in {execution.log}"
         return int(failed.failure["exit_code"]), message
+    running = watch.running
+    if running:
+        running.state, running.ended = "failed", time.monotonic()
+        running.failure = {"message": "it ended without saying why (killed? out of memory?)"}
+        return errors.EXIT_FAULT, f"{running.name}: {running.failure['message']}; its log is {execution.log}"
     if execution.process.returncode != 0:
         return errors.EXIT_FAULT, f"the pipeline failed; the end of {execution.log}:\n{tail(execution.log)}"
     missing = [name for name in ("gate", "promotion", "serving") if watch.stages[name].state not in ("done", "cached")]

@@ -100,7 +100,8 @@ def table(summary: Mapping[str, Any]) -> Table:
     made.add_column("key numbers")
     for stage in summary["stages"]:
         time = "cached" if stage["cached"] else duration(stage["seconds"])
-        made.add_row(stage["name"], time, key_numbers(stage["name"], stage["summary"]))
+        numbers = key_numbers(stage["name"], stage["summary"])
+        made.add_row(stage["name"], time, "failed" if stage["state"] == "failed" else numbers)
     made.add_row(
         "whole run", duration(summary["wall_seconds"]), f"peak memory {summary['peak_rss_bytes'] / 1e9:.2f} GB"
     )

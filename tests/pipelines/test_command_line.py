@@ -79,7 +79,7 @@ def test_a_run_refuses_a_broken_tracking_database(tmp_path):
 def test_two_runs_do_not_share_a_folder(tmp_path):
     with only_run(tmp_path):
         done = sparseline("run", "--profile", "micro", "--runs", str(tmp_path))
-        check_refused(done, f"another run (process {os.getpid()}) uses {tmp_path}")
+        check_refused(done, f"another sparseline (process {os.getpid()}) uses {tmp_path}")
 
 
 def test_the_ui_refuses_a_port_in_use_and_a_folder_without_runs(tmp_path):
