@@ -74,7 +74,7 @@ def headline(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         )
     recall = look_up(summary, "indexer_recall")
     if isinstance(recall, (int, float)):
-        found.append((f"{recall:.3f}", "indexer recall of the evidence"))
+        found.append((f"{recall:.3f}", "indexer recall of the word that answers"))
     dense, sparse = look_up(summary, "ce.dense"), look_up(summary, "ce.sparse")
     if dense is not None and sparse is not None:
         found.append((f"{sparse - dense:+.4f}", "nats per token, sparse minus dense attention"))
@@ -164,7 +164,7 @@ def evaluation_figures(evaluation: Mapping[str, Any]) -> list[str]:
     if depth:
         groups = {
             name: [(f"{one['low']}-{one['high'] - 1}", one[key]) for one in depth]
-            for name, key in (("all evidence words", "all_words"), ("the answer's word", "answer_word"))
+            for name, key in (("the word that answers", "answer_word"), ("the whole fact", "all_words"))
         }
         figures.append(bar_figure("Indexer recall by depth", groups, x="words between evidence and answer", y="recall"))
     return figures

@@ -10,11 +10,11 @@ class PostTrainingConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    steps: int = Field(60, ge=0, description="rollout batches")
+    steps: int = Field(90, ge=0, description="rollout batches")
     prompts: int = Field(16, ge=1, description="prompts (groups) per rollout batch")
     group_size: int = Field(12, ge=2, description="rollouts per prompt; the advantage is relative to their mean reward")
     mini_batches: int = Field(2, ge=1, description="optimiser steps per rollout batch")
-    learning_rate: float = Field(1.5e-4, gt=0, description="peak learning rate of AdamW")
+    learning_rate: float = Field(2e-4, gt=0, description="peak learning rate of AdamW")
     final_share: float = Field(0.3, ge=0, le=1, description="learning rate at the end, as a share of the peak (linear)")
     clip_low: float = Field(0.2, gt=0, lt=1, description="the ratio is clipped below at 1 - clip_low")
     clip_high: float = Field(0.2, gt=0, description="the ratio is clipped above at 1 + clip_high")

@@ -29,10 +29,10 @@ class PretrainingConfig(BaseModel):
 
     model: str = Field("nano", description="preset in model/presets, used where no base checkpoint is given")
     dense: PhaseConfig = PhaseConfig(
-        steps=600, learning_rate=3e-3, demonstration_tokens=1600, document_tokens=2400, curriculum=0.6
+        steps=900, learning_rate=3e-3, demonstration_tokens=2000, document_tokens=2000, curriculum=0.6
     )
     warmup: PhaseConfig = PhaseConfig(steps=80, learning_rate=5e-3)
-    sparse: PhaseConfig = PhaseConfig(steps=120, learning_rate=5e-4)
+    sparse: PhaseConfig = PhaseConfig(steps=120, learning_rate=5e-4, demonstration_tokens=1600, document_tokens=1600)
     filler_weight: float = Field(
         0.1, ge=0, le=1, description="weight of a document's other words in the loss; words of answers have weight 1"
     )
