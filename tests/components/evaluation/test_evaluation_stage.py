@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from components.environments.chat_format import SPECIAL_WORDS, UNKNOWN
 from components.environments.kg_query import KnowledgeGraphQuery
 from components.evaluation import champion, gate
 from components.evaluation import run as evaluation
@@ -24,7 +25,7 @@ from components.runtime.progress import Progress
 from components.runtime.stage import StageContext
 from components.runtime.task_set import write_task_set
 from components.runtime.tracking import Tracker
-from model.checkpoint import load_model
+from model.checkpoint import word_tokenizer
 from model.config import ModelConfig
 from model.transformer import Transformer
 from tests.components.serving.served import WORDS, learn_by_heart, save_checkpoint
@@ -137,14 +138,22 @@ def test_a_candidate_must_beat_the_champion(stage: Stage) -> None:
         champion.run(ChampionConfig(), stage.context, inputs | {"tasks": stage.pointers["none"]})
 
 
-def test_logprob_gap_is_small_for_the_engines_own_model_and_large_for_another(checkpoints: dict[str, Path]) -> None:
-    player = Player.load("before", checkpoints["half"])
+def test_logprob_gap_is_small_for_the_engines_own_model_and_large_for_another() -> None:
+    def network() -> Transformer:
+        return Transformer(ModelConfig.preset("micro", vocab_size=len(WORDS))).initialise(5)
+
+    tokenizer = word_tokenizer(SPECIAL_WORDS, FAMILY.vocabulary(), UNKNOWN)
+    player = Player("before", network(), tokenizer)
     _, trajectories = play(player, TASKS, measure="sampled", temperature=1.0, seed=0, max_sequences=5)
-    assert sum(int(trajectory.sampled.sum()) for trajectory in trajectories) > 50
+    assert sum(int(trajectory.sampled.sum()) for trajectory in trajectories) > 200
+    assert max(len(trajectory) for trajectory in trajectories) > 64  # the selection matters: top-k is 16
     assert logprob_gap(player.model, trajectories, batch=5) < 1e-4
-    other = load_model(checkpoints["half"])
+    other = network()
     with torch.no_grad():
         other.lm_head.weight.add_(0.01 * torch.randn(other.lm_head.weight.shape, generator=torch.manual_seed(0)))
+    assert logprob_gap(other, trajectories) > 1e-2
+    other = network()
+    other.attention_mode = "window"  # the same weights, another selection
     assert logprob_gap(other, trajectories) > 1e-2
 
 
