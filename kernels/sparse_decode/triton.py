@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.launch import processors
+from kernels.launch import capability, processors
 from kernels.sparse_attention import triton as sparse_kernels
 from kernels.sparse_attention.triton import INTERPRETED, _dot
 
@@ -204,15 +204,16 @@ def sparse_decode(
     return combine(part, part_lse, sink_H, q_THD.dtype)
 
 
-def fp8_constants(heads: int, keys: int) -> dict:
-    rows = 16 if heads <= 16 else 32 if heads <= 32 else 64
+def fp8_constants(heads: int, keys: int, target: tuple[int, int]) -> dict:
+    hopper = target >= (9, 0) and target < (12, 0)
+    rows = 16 if heads <= 16 or not hopper else 32 if heads <= 32 else 64
     return dict(
         HEADS=heads,
         KEYS=keys,
         KEYS_PADDED=max(16, triton.next_power_of_2(keys)),
         ROWS=rows,
-        BLOCK_K=32 if rows < 64 else 64,
-        num_warps=4 if rows < 64 else 8,
+        BLOCK_K=64 if rows == 64 else 32,
+        num_warps=8 if rows == 64 else 4,
         num_stages=2,
     )
 
@@ -222,7 +223,7 @@ def sparse_decode_fp8(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """cache_RB [rows, 656] uint8."""
     tokens, heads, _ = q_THD.shape
-    compiled = fp8_constants(heads, rows_TK.shape[1])
+    compiled = fp8_constants(heads, rows_TK.shape[1], capability(q_THD.device))
     programs = tokens * triton.cdiv(heads, compiled["ROWS"])
     splits = splits or choose_splits(programs, rows_TK.shape[1], q_THD.device)
     part = q_THD.new_empty(tokens, heads, splits, 512, dtype=torch.float32)
