@@ -92,7 +92,7 @@ class TaskRecord(Contract):
     environment_version: str
     generator_version: str
     seed: int
-    template: str = Field(description="the program behind the wording (operators, hops, relations): the unit of a split")
+    template: str = Field(description="program behind the wording (operators, hops, relations): the unit of a split")
     difficulty: dict[str, int | float | str]
     messages: list[Message]
     tools: list[ToolDefinition]

@@ -80,9 +80,15 @@ def line_figure(
     for position, (place, label) in enumerate(marks):
         axes.axvline(place, color=INK, alpha=0.25, linewidth=0.8, linestyle=":")
         axes.annotate(
-            label, (place, 1), xycoords=("data", "axes fraction"), xytext=(3, 1 + 9 * (position % 2)), textcoords="offset points",
-            color=INK, fontsize=8, va="bottom",
-        )  # fmt: skip
+            label,
+            (place, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(3, 1 + 9 * (position % 2)),  # neighbours at two heights
+            textcoords="offset points",
+            color=INK,
+            fontsize=8,
+            va="bottom",
+        )
     if len(curves) > 1:
         _legend(figure)
     return _finish(figure, title, described)
