@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from kernels.indexer_scores import reference
+from kernels.indexer_scores.arguments import check_key_ranges, check_queries
 
 
 def indexer_scores(
@@ -25,5 +26,18 @@ def indexer_scores(
 
     Returns:
         scores_TS [T, S] fp32 (float64 for float64 input); -inf outside [key_start, key_end).
+        On a GPU without gradient (training takes its loss from `kernels.indexer_loss`).
+
+    Raises:
+        ValueError: on wrong shapes, dtypes, devices or strides, a head dim or an fp8 that the GPU has no kernel for,
+            and on a CPU key ranges outside 0..S (a GPU cuts them to it).
     """
+    check_queries(q_THD, k_SD, weight_TH, q_scale_TH, k_scale_S)
+    check_key_ranges(q_THD, k_SD, key_start_T, key_end_T)
+    if q_THD.is_cuda:
+        from kernels.indexer_scores import triton
+
+        return triton.indexer_scores(
+            q_THD.detach(), k_SD.detach(), weight_TH.detach(), key_start_T, key_end_T, q_scale_TH, k_scale_S
+        )
     return reference.indexer_scores(q_THD, k_SD, weight_TH, key_start_T, key_end_T, q_scale_TH, k_scale_S)
