@@ -130,6 +130,8 @@ def run(options: RunOptions, console: Console) -> int:
     console.print(
         f"report   {page}\nnumbers  {directory / 'summary.json'}\nMLflow   make ui   ({runs / 'mlflow.db'})",
         highlight=False,
+        markup=False,
+        soft_wrap=True,  # a path that is broken over lines cannot be copied
     )
     if message:
         console.print(message, style="red" if code != 3 else "yellow", markup=False, highlight=False, soft_wrap=True)

@@ -250,11 +250,14 @@ def test_a_result_that_is_gone_from_the_store_is_made_again(runs, accepted):
     assert states(summary_of(runs))["synthesis"] == "done"
 
 
-def test_a_directory_store_holds_what_the_bucket_would(tmp_path):
-    done = sparseline(tmp_path / "runs", "--store", str(tmp_path / "store"), "--set", "pretraining.model=none-such")
+def test_a_directory_holds_the_artifacts_and_a_damaged_base_checkpoint_is_refused(tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    store = tmp_path / "store"
+    done = sparseline(tmp_path / "runs", "--store", str(store), "--base", str(tmp_path / "base"))
     assert done.returncode == 2, done.stdout + done.stderr
-    assert "pretraining: " in done.stdout
+    assert "pretraining: base checkpoint file://" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
-    (manifest,) = (tmp_path / "store").rglob(MANIFEST)
-    assert json.loads(manifest.read_text())["kind"] == "task-set"
+    kinds = [json.loads(manifest.read_text())["kind"] for manifest in store.rglob(MANIFEST)]
+    assert sorted(kinds) == ["checkpoint", "task-set"]
     assert not (tmp_path / "runs" / "seaweedfs").exists()
