@@ -112,9 +112,12 @@ def test_micro_batches_add_up():
     new, old, reference, sequence, advantage = example()
     whole = grpo_loss(new, old, reference, sequence, advantage, total_sequences=3, **OPTIONS).loss
     first, rest = sequence < 1, sequence >= 1
-    parts = grpo_loss(
-        new[first], old[first], reference[first], sequence[first], advantage[:1], total_sequences=3, **OPTIONS
-    ).loss + grpo_loss(
-        new[rest], old[rest], reference[rest], sequence[rest] - 1, advantage[1:], total_sequences=3, **OPTIONS
-    ).loss
+    parts = (
+        grpo_loss(
+            new[first], old[first], reference[first], sequence[first], advantage[:1], total_sequences=3, **OPTIONS
+        ).loss
+        + grpo_loss(
+            new[rest], old[rest], reference[rest], sequence[rest] - 1, advantage[1:], total_sequences=3, **OPTIONS
+        ).loss
+    )
     assert whole.item() == pytest.approx(parts.item(), rel=1e-12)
