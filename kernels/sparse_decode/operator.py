@@ -5,6 +5,16 @@ import torch
 from kernels.launch import capability, processors
 
 
+def _fills_hopper(q_THD: torch.Tensor, value_dim: int) -> bool:
+    """Whether the tokens alone fill a Hopper card: its prefill kernel is the faster one then."""
+    tokens, heads, dim = q_THD.shape
+    if heads % 64 or 3 * tokens * heads < 2 * 64 * processors(q_THD.device):
+        return False
+    from kernels.sparse_attention import gluon
+
+    return gluon.supports(heads, dim, value_dim, q_THD.dtype, capability(q_THD.device))
+
+
 @torch.library.custom_op("sparseline::sparse_decode", mutates_args=(), device_types="cuda")
 def sparse_decode_forward(
     q_THD: torch.Tensor,
@@ -16,13 +26,10 @@ def sparse_decode_forward(
     sink_H: torch.Tensor | None,
     splits: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    tokens, heads, dim = q_THD.shape
-    # where the tokens alone fill the card, the prefill kernel of Hopper is the faster one
-    if v_RGV is None and splits is None and heads % 64 == 0 and 3 * tokens * heads >= 2 * 64 * processors(q_THD.device):
+    if v_RGV is None and splits is None and _fills_hopper(q_THD, value_dim):
         from kernels.sparse_attention import gluon
 
-        if gluon.supports(heads, dim, value_dim, q_THD.dtype, capability(q_THD.device)):
-            return gluon.sparse_attention(q_THD, k_RGD[:, 0], rows_TK, scale, sink_H)
+        return gluon.sparse_attention(q_THD, k_RGD[:, 0], rows_TK, scale, sink_H)
     from kernels.sparse_decode import triton
 
     return triton.sparse_decode(q_THD, k_RGD, v_RGV, rows_TK, scale, value_dim, sink_H, splits)
@@ -44,6 +51,11 @@ def sparse_decode_fp8_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     from kernels.sparse_decode import triton
 
+    if splits is None and _fills_hopper(q_THD, 512):
+        from kernels.sparse_attention import gluon
+
+        kv, indices_TK = triton.unpack_selected(cache_RB, rows_TK)
+        return gluon.sparse_attention(q_THD, kv, indices_TK, scale, sink_H)
     return triton.sparse_decode_fp8(q_THD, cache_RB, rows_TK, scale, sink_H, splits)
 
 
