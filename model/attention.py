@@ -59,7 +59,9 @@ class LatentAttention(nn.Module):
         if selection == "sparse" or context.indexer_loss != "none":
             index = self.indexer(x_TC, q_latent_TR, cos, sin)
         kv_SD, index_k_SD = context.add_keys(self.layer, kv_TD, index[1] if index else None)
-        out_THL, loss = self._attend(q_THD, kv_SD, index and (index[0], index_k_SD, index[2]), context, selection)
+        if index is not None and index_k_SD is not None:
+            index = (index[0], index_k_SD, index[2])
+        out_THL, loss = self._attend(q_THD, kv_SD, index, context, selection)
         out_THV = torch.einsum("thl,hvl->thv", out_THL, value_up_HVL)
         return self.o_proj(out_THV.flatten(1)), loss
 
@@ -84,8 +86,8 @@ class LatentAttention(nn.Module):
             out = dense_attention(q_THD, kv_SD, context.key_start_T, context.key_end_T, self.scale, value_dim)[0]
             return out, loss
         if index and selection == "sparse":
-            detached = [tensor.detach() for tensor in index]
-            rows_TK = context.select(self.layer, *detached, self.config.index_topk)
+            index_q_THD, index_k_SD, weight_TH = (tensor.detach() for tensor in index)
+            rows_TK = context.select(self.layer, index_q_THD, index_k_SD, weight_TH, self.config.index_topk)
         else:
             rows_TK = context.fixed_rows(selection, self.layer, self.config.index_topk)
         if context.record_selections:

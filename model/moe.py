@@ -33,7 +33,7 @@ class Router(nn.Module):
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
-        self.e_score_correction_bias = nn.Buffer(torch.zeros(config.n_routed_experts))
+        self.e_score_correction_bias: torch.Tensor = nn.Buffer(torch.zeros(config.n_routed_experts))
 
     def forward(self, x_TC: torch.Tensor, experts_TK: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Expert ids [T, K] (int64) and weights [T, K]. With `experts_TK` given, the choice is kept (Keep Routing)."""
@@ -103,5 +103,5 @@ class MixtureOfExperts(nn.Module):
 def balance(router: Router, experts_TK: torch.Tensor, speed: float) -> torch.Tensor:
     """Raise the bias of underloaded experts and lower that of overloaded ones by `speed`; returns the load [E]."""
     load_E = torch.bincount(experts_TK.flatten(), minlength=router.config.n_routed_experts).float()
-    router.e_score_correction_bias += speed * torch.sign(load_E.mean() - load_E)
+    router.e_score_correction_bias.add_(torch.sign(load_E.mean() - load_E), alpha=speed)
     return load_E / load_E.sum()

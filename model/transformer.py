@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from model.attention import LatentAttention
 from model.config import ModelConfig
 from model.context import Context, Selection
+from model.indexer import LightningIndexer
 from model.moe import MLP, MixtureOfExperts, Router
 from model.rope import cos_sin, inverse_frequencies
 
@@ -113,10 +114,11 @@ class Transformer(nn.Module):
 
     def routers(self) -> list[Router]:
         """The routers of the MoE layers, in order."""
-        return [layer.mlp.gate for layer in self.model.layers if layer.is_moe]
+        return [module for module in self.modules() if isinstance(module, Router)]
 
     def indexer_parameters(self) -> list[nn.Parameter]:
-        return [p for layer in self.model.layers for p in layer.self_attn.indexer.parameters()]
+        indexers = [module for module in self.modules() if isinstance(module, LightningIndexer)]
+        return [parameter for indexer in indexers for parameter in indexer.parameters()]
 
     def network_parameters(self) -> list[nn.Parameter]:
         """All parameters but the lightning indexers'."""

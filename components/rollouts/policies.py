@@ -45,7 +45,7 @@ class EnginePolicy:
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, sampling: SamplingParameters) -> None:
         self.engine, self.tokenizer, self.sampling = engine, tokenizer, sampling
-        self._words = [tokenizer.id_to_token(i) for i in range(tokenizer.get_vocab_size())]
+        self._words = [tokenizer.id_to_token(i) or "" for i in range(tokenizer.get_vocab_size())]
         self._ids = {word: index for index, word in enumerate(self._words)}
         self._handles: dict[int, int] = {}
         self._episodes: dict[int, int] = {}
@@ -156,7 +156,7 @@ class OpenAIPolicy:
             ]
             return choice.message.content or "", calls, choice.finish_reason
         content, reason = "", ""
-        calls: dict[int, dict[str, Any]] = {}
+        by_index: dict[int, dict[str, Any]] = {}
         stream = self.client.chat.completions.create(**request, stream=True, stream_options={"include_usage": True})
         for chunk in stream:
             if chunk.usage:
@@ -165,12 +165,12 @@ class OpenAIPolicy:
                 content += choice.delta.content or ""
                 reason = choice.finish_reason or reason
                 for part in choice.delta.tool_calls or []:
-                    call = calls.setdefault(
+                    call = by_index.setdefault(
                         part.index, {"id": part.id, "type": "function", "function": {"name": "", "arguments": ""}}
                     )
                     call["function"]["name"] += part.function.name or ""
                     call["function"]["arguments"] += part.function.arguments or ""
-        return content, list(calls.values()), reason
+        return content, list(by_index.values()), reason
 
     def reply(self, episode: int, messages: Sequence[Message]) -> bool:
         for message, call in zip(messages, self._calls[episode], strict=True):
@@ -179,5 +179,5 @@ class OpenAIPolicy:
         return True
 
     def finish(self, episode: int) -> None:
-        for store in (self._messages, self._tools, self._seeds, self._calls):
-            store.pop(episode, None)  # type: ignore[attr-defined]
+        del self._messages[episode], self._tools[episode], self._seeds[episode]
+        self._calls.pop(episode, None)

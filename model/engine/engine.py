@@ -79,9 +79,12 @@ class Engine:
         pages = max_sequences * pages_each if cache_tokens is None else -(-cache_tokens // page_size)
         latent_width = config.kv_lora_rank + config.qk_rope_head_dim
         layers = range(config.num_hidden_layers)
-        options = {"dtype": dtype, "device": self.device}
-        self.latent_cache = [torch.zeros(pages, page_size, latent_width, **options) for _ in layers]
-        self.index_k_cache = [torch.zeros(pages, page_size, config.index_head_dim, **options) for _ in layers]
+
+        def rows(width: int) -> torch.Tensor:
+            return torch.zeros(pages, page_size, width, dtype=dtype, device=self.device)
+
+        self.latent_cache = [rows(latent_width) for _ in layers]
+        self.index_k_cache = [rows(config.index_head_dim) for _ in layers]
         self._free_pages = list(range(pages - 1, -1, -1))
         self._free_slots = list(range(max_sequences - 1, -1, -1))
         self._page_table = torch.zeros(max_sequences, pages_each, dtype=torch.int32)
