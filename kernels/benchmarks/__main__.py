@@ -1,6 +1,8 @@
 """python -m kernels.benchmarks [--only attention,decode,...] [--output kernels/results]
 
 Checks, measures the card's ceilings, runs the benchmark modules and writes <output>/<card>.json, .md and .svg.
+Where the file is there and holds the same card and versions, the rows of modules that were not asked for stay as they
+are; each module keeps the ceilings and the date of its own run.
 """
 
 import argparse
@@ -18,11 +20,14 @@ MODULES = ["attention", "decode", "forward", "indexer", "topk", "fused", "prepar
 
 
 def table(result: dict) -> str:
+    runs = result["runs"]
     lines = [
-        f"# {result['device']}, {result['date']}",
+        f"# {result['device']}",
         "",
-        f"torch {result['torch']}, triton {result['triton']}, CUDA {result['cuda']}; clocks {result['clocks_after']}.",
-        f"Ceilings measured in this run: {result['ceilings']} (TFLOP/s for bf16 and fp8, GB/s for copy).",
+        f"torch {result['torch']}, triton {result['triton']}, CUDA {result['cuda']}; `{result['command']}`.",
+        "Ceilings, measured in the process that measured the rows (TFLOP/s for bf16 and fp8, GB/s for copy):",
+        "",
+        *(f"- {name}, {run['date']}: {run['ceilings']}; after it {run['clocks_after']}" for name, run in runs.items()),
         "",
         "| operation | shape | selection | ms | against | ratio | bar | aim | holds |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -82,20 +87,19 @@ def main() -> int:
     device = torch.device("cuda")
     context = Context(device, measure_ceilings(device))
     print("ceilings", context.ceilings, flush=True)
-    result = dict(
-        device=torch.cuda.get_device_name(),
-        date=datetime.date.today().isoformat(),
-        command="python -m kernels.benchmarks --only " + arguments.only,
-        torch=torch.__version__,
-        triton=triton.__version__,
-        cuda=torch.version.cuda,
-        ceilings=context.ceilings,
-        rows=[],
-        failed={},
+    versions = dict(
+        device=torch.cuda.get_device_name(), torch=torch.__version__, triton=triton.__version__, cuda=torch.version.cuda
     )
     arguments.output.mkdir(parents=True, exist_ok=True)
-    stem = arguments.output / re.sub(r"\W+", "-", result["device"]).strip("-").lower()
+    stem = arguments.output / re.sub(r"\W+", "-", versions["device"]).strip("-").lower()
+    result: dict = versions | dict(command="python -m kernels.benchmarks", runs={}, failed={}, rows=[])
+    if stem.with_suffix(".json").exists():
+        before = json.loads(stem.with_suffix(".json").read_text())
+        if all(before.get(key) == value for key, value in versions.items()):
+            result |= {key: before[key] for key in ("runs", "failed", "rows")}
     for name in names:
+        result["rows"] = [r for r in result["rows"] if r["module"] != name]
+        result["failed"].pop(name, None)
         if importlib.util.find_spec(f"kernels.benchmarks.{name}") is None:
             result["failed"][name] = "no such module"
             continue
@@ -108,14 +112,15 @@ def main() -> int:
             continue
         finally:
             torch.cuda.empty_cache()
-        result["rows"] += found
+        result["rows"] += [{"module": name} | r for r in found]
+        today = datetime.date.today().isoformat()
+        result["runs"][name] = dict(date=today, ceilings=context.ceilings, clocks_after=clocks())
         for r in found:
             print(
                 *(r[k] for k in ("operation", "shape", "selection", "ms", "against", "ratio", "bar", "holds")),
                 sep=" | ",
                 flush=True,
             )
-    result["clocks_after"] = clocks()
     stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     stem.with_suffix(".md").write_text(table(result))
     plot(result, stem.with_suffix(".svg"))

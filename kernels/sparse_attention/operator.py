@@ -22,12 +22,13 @@ def sparse_attention_forward(
     key_end_T: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     heads, dim = q_THD.shape[1:]
-    latent = v_SGV is None and block == 1 and key_end_T is None
-    if latent and heads % 64 == 0:
-        from kernels.sparse_attention import gluon
+    target = capability(q_THD.device)
+    if target == (9, 0) and v_SGV is None and block == 1 and key_end_T is None:
+        from kernels.sparse_attention import gluon, gluon_few_heads
 
-        if gluon.supports(heads, dim, value_dim, q_THD.dtype, capability(q_THD.device)):
-            return gluon.sparse_attention(q_THD, k_SGD[:, 0], indices_BK, scale, sink_H)
+        for kernels in (gluon, gluon_few_heads):
+            if kernels.supports(heads, dim, value_dim, q_THD.dtype, target):
+                return kernels.sparse_attention(q_THD, k_SGD[:, 0], indices_BK, scale, sink_H)
     from kernels.sparse_attention import triton
 
     return triton.sparse_attention(q_THD, k_SGD, v_SGV, indices_BK, scale, value_dim, sink_H, block, key_end_T)

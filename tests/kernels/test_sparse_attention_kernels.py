@@ -137,7 +137,7 @@ def test_hopper_kernel_compiles_without_spills(rope):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("heads, dim", [(128, 576), (64, 576), (64, 512), (16, 576), (40, 576)])
+@pytest.mark.parametrize("heads, dim", [(128, 576), (64, 576), (64, 512), (16, 576), (7, 576), (16, 512), (40, 576)])
 def test_latent_attention_on_the_card(heads, dim):
     """Every row length from 0 to beyond 2048, poisoned unused rows, a sink; 20 repeats bitwise equal."""
     tokens, keys = 300, 4100
