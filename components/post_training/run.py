@@ -45,7 +45,8 @@ def run(config: PostTrainingConfig, context: StageContext, inputs: dict[str, Poi
     except CheckpointError as error:
         raise InputError(f"checkpoint {inputs['checkpoint'].uri}: {error}") from error
     families = {task.environment for task in [*train, *validation]}
-    trainer = Trainer(config, context, model, tokenizer, {name: environment(name) for name in families})
+    longest = max(task.limits.tokens for task in [*train, *validation])
+    trainer = Trainer(config, context, model, tokenizer, {name: environment(name) for name in families}, longest)
     summary = trainer.train(train, validation)
     checkpoint = context.work_dir / "checkpoint"
     save_model(model, checkpoint)
@@ -56,7 +57,7 @@ def run(config: PostTrainingConfig, context: StageContext, inputs: dict[str, Poi
 
 
 class Trainer:
-    """Holds what a step needs. `model` is changed in place."""
+    """Holds what a step needs. `model` is changed in place; sequences have at most `sequence_tokens` tokens."""
 
     def __init__(
         self,
@@ -65,10 +66,10 @@ class Trainer:
         model: Transformer,
         tokenizer: Any,
         environments: dict[str, Environment],
+        sequence_tokens: int,
     ) -> None:
         self.config, self.context, self.model, self.environments = config, context, model, environments
         self.reference = copy.deepcopy(model).eval().requires_grad_(False)
-        sequence_tokens = 160
         stop = tokenizer.token_to_id(END)
         if stop is None:
             raise InputError(f"the checkpoint's tokenizer has no {END}; it was not made for this chat format")

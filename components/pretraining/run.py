@@ -13,6 +13,7 @@ import math
 import os
 import random
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -95,7 +96,7 @@ def run(config: PretrainingConfig, context: StageContext, inputs: dict[str, Poin
     return StageResult({"checkpoint": pointer}, summary)
 
 
-def load_corpus(directory, tokenizer: Tokenizer, config: PretrainingConfig) -> Corpus:
+def load_corpus(directory: Path, tokenizer: Tokenizer, config: PretrainingConfig) -> Corpus:
     """Everything as token ids. Raises InputError for a word that the tokenizer does not know."""
     ids = known_words(tokenizer.get_vocab())
     demonstrations = {

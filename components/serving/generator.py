@@ -156,7 +156,7 @@ class Generator:
         out: list[tuple[Generation, Token | BaseException]] = []
         now = time.monotonic()
         for handle, generation in list(self._open.items()):
-            ids, logprobs, finish_reason = _written(self.engine, handle)
+            ids, logprobs, finish_reason = self.engine.written(handle)
             if not generation.seen and ids:
                 self.metrics.first_token.observe(now - generation.created)
                 self.metrics.prompt_tokens.inc(len(generation.prompt_ids))
@@ -201,14 +201,6 @@ class Generator:
                 unanswered.append(generation)
         failed = EngineFailed(f"the engine ended: {error!r}")
         self._deliver([(generation, failed) for generation in unanswered])
-
-
-def _written(engine: Engine, handle: int) -> tuple[list[int], list[float], str | None]:
-    """Tokens of a sequence's turn so far, their log-probabilities, and why the turn ended (None: it goes on)."""
-    sequence = engine._sequences[handle]
-    ids = sequence.token_ids[sequence.turn_start :]
-    logprobs = engine._logprobs[sequence.slot, sequence.turn_start : len(sequence.token_ids)].tolist() if ids else []
-    return ids, logprobs, None if sequence.running else sequence.finish_reason
 
 
 def _put(items: list[tuple[Generation, Token | BaseException]]) -> None:

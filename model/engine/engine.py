@@ -164,6 +164,13 @@ class Engine:
             finish_reason=sequence.finish_reason,
         )
 
+    def written(self, handle: int) -> tuple[list[int], list[float], str | None]:
+        """The current turn so far: sampled ids, their log-probabilities, why it ended (None while it goes on)."""
+        sequence = self._sequences[handle]
+        ids = sequence.token_ids[sequence.turn_start :]
+        logprobs = self._logprobs[sequence.slot, sequence.turn_start : len(sequence.token_ids)].tolist() if ids else []
+        return ids, logprobs, None if sequence.running else sequence.finish_reason
+
     @property
     def live(self) -> int:
         """Sequences that are queued or writing."""
@@ -274,7 +281,6 @@ class Engine:
             else:
                 continue
             sequence.running = False
-            logprobs = self._logprobs[sequence.slot, sequence.turn_start : len(sequence.token_ids)].tolist()
-            turn_ids = sequence.token_ids[sequence.turn_start :]
+            turn_ids, logprobs, _ = self.written(sequence.handle)
             ended.append(Turn(sequence.handle, turn_ids, logprobs, sequence.finish_reason))
         return ended
