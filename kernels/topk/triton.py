@@ -140,8 +140,9 @@ def likely_threshold(score_N, k, positions, SAMPLE: tl.constexpr, SIGMAS: tl.con
     lowest = tl.min(tl.where(valid_N, key_N, 2147483647), 0)
     limit = wanted + wanted // 16
     low, high, found, _ = search(key_N, lowest - 1, tl.max(key_N, 0), valid, wanted, limit)
-    # a plateau at `high`: just below it, so that its members may pass
-    guess = from_sortable(tl.where(found > limit, high - 1, low))
+    # a plateau at `high`: just below it, so that its members may pass (below 0 lies -0.0, which does not let 0.0 pass)
+    below = tl.where(high == 0, -2, high - 1)
+    guess = from_sortable(tl.where(found > limit, below, low))
     return tl.where(valid > wanted, guess, float("-inf"))
 
 
