@@ -243,11 +243,17 @@ def test_no_child_survives_and_no_finished_stage_is_lost(runs, accepted, number)
 
 
 def test_a_result_that_is_gone_from_the_store_is_made_again(runs, accepted):
-    """The cache never serves a pointer to nothing. Last in this file: it takes the store's data away."""
+    """The cache never serves a pointer to nothing, and a champion that is gone is told.
+
+    Last of those that share the runs folder: it takes the store's data away.
+    """
     shutil.rmtree(runs / "seaweedfs")
     done = sparseline(runs, "--set", "post_training.steps=1")
-    assert done.returncode in (0, 3), done.stdout + done.stderr
-    assert states(summary_of(runs))["synthesis"] == "done"
+    assert done.returncode == 2, done.stdout + done.stderr
+    found = states(summary_of(runs))
+    assert [found[name] for name in ("synthesis", "pretraining", "post_training", "evaluation")] == ["done"] * 4
+    assert found["champion"] == "failed"
+    assert "is not in the store" in done.stdout
 
 
 def test_a_directory_holds_the_artifacts_and_a_damaged_base_checkpoint_is_refused(tmp_path):
