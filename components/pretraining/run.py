@@ -30,10 +30,11 @@ from components.pretraining.data import (
     known_words,
     pack,
 )
-from components.runtime.contracts import Pointer
+from components.pretraining.episode import play_one
+from components.runtime.contracts import Pointer, TaskRecord
 from components.runtime.errors import InputError
 from components.runtime.stage import StageContext, StageResult
-from components.runtime.task_set import read_demonstrations, read_documents, read_vocabulary
+from components.runtime.task_set import read_demonstrations, read_documents, read_tasks, read_vocabulary
 from model import ModelConfig, PackedContext, Transformer
 from model.checkpoint import (
     CheckpointError,
@@ -49,6 +50,8 @@ from model.moe import balance
 
 @dataclass
 class Corpus:
+    tokenizer: Tokenizer
+    shown_tasks: list[TaskRecord]
     demonstrations: list[Example]
     documents: list[Example]
     validation_demonstrations: Batch
@@ -68,16 +71,7 @@ def run(config: PretrainingConfig, context: StageContext, inputs: dict[str, Poin
             raise InputError(f"base checkpoint {inputs['base'].uri}: {error}") from error
     else:
         tokenizer = word_tokenizer(SPECIAL_WORDS, read_vocabulary(directory), UNKNOWN)
-        ids = {word: tokenizer.token_to_id(word) for word in (BOS, END, PAD)}
-        model = Transformer(
-            ModelConfig.preset(
-                config.model,
-                vocab_size=tokenizer.get_vocab_size(),
-                bos_token_id=ids[BOS],
-                eos_token_id=ids[END],
-                pad_token_id=ids[PAD],
-            )
-        ).initialise(context.seed)
+        model = Transformer(_preset(config.model, tokenizer)).initialise(context.seed)
     corpus = load_corpus(directory, tokenizer, config)
     context.tracker.parameters({"model_parameters": sum(p.numel() for p in model.parameters())})
     summary: dict[str, float] = {"parameters": sum(p.numel() for p in model.parameters())}
@@ -96,6 +90,16 @@ def run(config: PretrainingConfig, context: StageContext, inputs: dict[str, Poin
     return StageResult({"checkpoint": pointer}, summary)
 
 
+def _preset(name: str, tokenizer: Tokenizer) -> ModelConfig:
+    """The preset with the tokenizer's vocabulary. Raises InputError that lists the presets for an unknown one."""
+    special = {"bos_token_id": BOS, "eos_token_id": END, "pad_token_id": PAD}
+    ids = {field: tokenizer.token_to_id(word) for field, word in special.items()}
+    try:
+        return ModelConfig.preset(name, vocab_size=tokenizer.get_vocab_size(), **ids)
+    except ValueError as error:
+        raise InputError(f"pretraining.model: {error}") from error
+
+
 def load_corpus(directory: Path, tokenizer: Tokenizer, config: PretrainingConfig) -> Corpus:
     """Everything as token ids. Raises InputError for a word that the tokenizer does not know."""
     ids = known_words(tokenizer.get_vocab())
@@ -108,6 +112,8 @@ def load_corpus(directory: Path, tokenizer: Tokenizer, config: PretrainingConfig
         for split in ("train", "validation")
     }
     return Corpus(
+        tokenizer,
+        read_tasks(directory, "validation"),
         demonstrations["train"],
         documents["train"],
         pack(demonstrations["validation"][:256]),
@@ -197,6 +203,8 @@ def train_phase(
         if last or (step + 1) % config.validation_every == 0:
             checked = validate(model, corpus, model.attention_mode)
             values.update({f"{name}/validation_{key}": value for key, value in checked.items()})
+            task = corpus.shown_tasks[step % len(corpus.shown_tasks)]
+            context.progress.episode(play_one(model, corpus.tokenizer, task, step))
         if last or step % 10 == 0 or (step + 1) % config.validation_every == 0:
             context.tracker.metrics(values, step)
         shown = {key.split("/")[1]: value for key, value in values.items() if key.endswith(("_loss", "_kl"))}

@@ -90,6 +90,21 @@ def test_pretraining_is_decided_by_its_seed(folder, tasks, base):
     assert not same(weights(folder, "c", other), weights(folder, "b", base))
 
 
+def test_an_episode_is_shown_at_every_validation(folder, tasks, monkeypatch):
+    shown = []
+    made = context(folder, "shown")
+    monkeypatch.setattr(made.progress, "episode", shown.append)
+    pretraining.run(PRETRAINING, made, {"tasks": tasks})
+    assert len(shown) == 2 * 3  # three phases of three steps, validated after the second and the last
+    assert all("user" in text for text in shown)
+
+
+def test_an_unknown_preset_is_bad_input(folder, tasks):
+    config = PRETRAINING.model_copy(update={"model": "giant"})
+    with pytest.raises(InputError, match="unknown model preset 'giant'; known: micro, nano"):
+        pretraining.run(config, context(folder, "giant"), {"tasks": tasks})
+
+
 def test_with_a_base_there_is_no_dense_phase_and_the_warm_up_moves_the_indexer_alone(folder, tasks, base):
     warm_up = PRETRAINING.model_copy(update={"sparse": PHASE.model_copy(update={"steps": 0})})
     made = context(folder, "from_base")
