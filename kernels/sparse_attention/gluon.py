@@ -33,6 +33,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from kernels.launch import processors
 
+thread_barrier = getattr(gl, "thread_barrier", None) or gl.barrier  # Triton 3.6, 3.7
 PRODUCER_WARPS = gl.constexpr(4)  # as in WIDE and NARROW; 8 would leave the consumers too few registers
 HALF = gl.constexpr(256)
 SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
@@ -57,7 +58,7 @@ def span_kernel(indices_ptr, span_ptr, key_rows, stride, KEYS: tl.constexpr, KEY
 @gluon.jit
 def _arrive(barrier):
     # every warp of the partition has finished before its first thread reports that
-    gl.thread_barrier()
+    thread_barrier()
     mbarrier.arrive(barrier, count=1)
 
 
@@ -312,7 +313,7 @@ def sparse_attention_hopper_kernel(
         mbarrier.init(p_ready.index(i), count=1)
         mbarrier.init(sum_ready.index(i), count=1)
     fence_async_shared()
-    gl.thread_barrier()
+    thread_barrier()
 
     memory = (q, q_rest, own, other, rest)
     exchange = (max_rows, sum_rows)

@@ -23,7 +23,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from kernels.launch import processors
-from kernels.sparse_attention.gluon import NARROW, WIDE, _arrive, _block_indices, _gather, _key_rows, span_kernel
+from kernels.sparse_attention.gluon import (
+    NARROW,
+    WIDE,
+    _arrive,
+    _block_indices,
+    _gather,
+    _key_rows,
+    span_kernel,
+    thread_barrier,
+)
 
 TURNED = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 16, 16]))  # [keys or values, heads]
 
@@ -117,7 +126,7 @@ def _consumer(
             decay_M = gl.exp2(max_M - new_max_M)
             p_tiles.index(W).store(p_NM.to(keys.dtype))
             fence_async_shared()
-            gl.thread_barrier()
+            thread_barrier()
             acc_VM = warpgroup_mma(
                 keys.index(mine).permute((1, 0)),
                 p_tiles.index(mine),
@@ -206,7 +215,7 @@ def sparse_attention_few_heads_kernel(
         mbarrier.init(ready.index(i), count=128)
         mbarrier.init(free.index(i), count=1)
     fence_async_shared()
-    gl.thread_barrier()
+    thread_barrier()
 
     memory = (q, q_rest, keys, rest)
     exchange = (p_tiles, other_acc, other_max, other_sum)

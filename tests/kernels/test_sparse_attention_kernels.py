@@ -110,30 +110,35 @@ def test_compiles_within_the_shared_memory_of_each_architecture():
         assert got["shared"] <= limits[asked["capability"]], (asked, got)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("rope", [True, False])
-def test_hopper_kernel_compiles_without_spills(rope):
-    constants = dict(KEYS=2048, HEADS=128, ROW_BLOCKS=2, HAS_REST=rope, HAS_SINK=False, sink_ptr=None)
+def hopper_request(heads: int, rope: bool) -> dict:
     arguments = dict(
         q_ptr="*bf16", kv_ptr="*bf16", indices_ptr="*i32", span_ptr="*i32", out_ptr="*bf16", lse_ptr="*fp32"
     )
-    integers = ("tiles", "key_rows", "q_stride_t", "q_stride_h", "kv_stride", "indices_stride", "nought")
+    integers = ("tiles", "tokens", "key_rows", "q_stride_t", "q_stride_h", "kv_stride", "indices_stride", "nought")
     arguments |= {name: "i32" for name in integers} | {"scale_log2": "fp32"}
-    (got,) = compile_all(
-        [
-            dict(
-                function="kernels.sparse_attention.gluon:sparse_attention_hopper_kernel",
-                arguments=arguments,
-                constants=constants,
-                options=dict(num_warps=4),
-                capability=90,
-            )
-        ]
+    constants = dict(KEYS=2048, HEADS=heads, HAS_REST=rope, HAS_SINK=False, sink_ptr=None)
+    module, name = "gluon_few_heads", "sparse_attention_few_heads_kernel"
+    if heads >= 64:
+        module, name = "gluon", "sparse_attention_hopper_kernel"
+        constants["ROW_BLOCKS"] = heads // 64
+    return dict(
+        function=f"kernels.sparse_attention.{module}:{name}",
+        arguments=arguments,
+        constants=constants,
+        options=dict(num_warps=4),
+        capability=90,
     )
-    assert got["shared"] <= 232448
-    assert got["stack"] == 0
-    assert got["instructions"]["wgmma.mma_async"] == (88 if rope else 80)
-    assert got["instructions"]["setmaxnreg"] > 0
+
+
+@pytest.mark.slow
+def test_hopper_kernels_compile_without_spills():
+    # products of 16 columns of the operands: scores (512 or 576) by both warpgroups, then their shares of P V
+    expected = {(128, True): 88, (128, False): 80, (16, True): 136, (16, False): 128}
+    for case, got in zip(expected, compile_all([hopper_request(*case) for case in expected]), strict=True):
+        assert got["shared"] <= 232448
+        assert got["stack"] == 0, case
+        assert got["instructions"]["wgmma.mma_async"] == expected[case], case
+        assert got["instructions"]["setmaxnreg"] > 0
 
 
 @pytest.mark.gpu
