@@ -71,7 +71,7 @@ def test_scores(dtype: torch.dtype, heads: int, dim: int, windows: int, describe
 
 @interpreter_only
 @pytest.mark.parametrize("splits, pieces, described", [(1, 2, True), (3, 1, False)])
-@pytest.mark.parametrize("plateau", [False, True])
+@pytest.mark.parametrize("plateau", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_fused_selection(splits: int, pieces: int, described: bool, plateau: bool) -> None:
     inputs = list(last_queries(6, 300, 4, 16, torch.float32, guard=16))
     if plateau:
@@ -89,7 +89,7 @@ def test_fused_selection(splits: int, pieces: int, described: bool, plateau: boo
 
 
 @interpreter_only
-@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("splits", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_paged_selection(splits: int) -> None:
     case = paged_case([[5, 6], [69], [0], [12]], page_size=4, heads=3, dim=16)
     case = {name: t.float() if t.dtype == torch.float64 else t for name, t in case.items()}
@@ -103,6 +103,7 @@ def test_paged_selection(splits: int) -> None:
     assert torch.equal(got[1], lengths_T)
 
 
+@pytest.mark.slow
 @interpreter_only
 def test_paged_op_maps_positions_to_rows() -> None:
     from kernels.paged_indexer_topk import triton as paged_kernels

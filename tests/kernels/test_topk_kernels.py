@@ -46,6 +46,7 @@ def test_default_sizes() -> None:
     assert_same(rows("holes", 1, 9000), 300)
 
 
+@pytest.mark.slow
 def test_custom_op_is_opaque_to_compilation() -> None:
     scores_TS = rows("normal", 2, 40).to(DEVICE)
     torch.library.opcheck(kernels.topk, (scores_TS, 5), test_utils=("test_schema", "test_faketensor"))
