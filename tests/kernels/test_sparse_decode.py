@@ -48,7 +48,6 @@ def test_split_gqa_equals_float64(splits):
     assert relative(reference_out, want_out) < 1e-5
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("heads, splits", [(16, 1), (7, 3)])
 def test_fp8_rows_equal_float64_of_what_they_hold(heads, splits):
     q, cache, sink = draw(2, heads, 576, dtype=torch.bfloat16), pack_latent(draw(96, 576)), draw(heads)
