@@ -62,6 +62,43 @@ def collect(profile: str, directories: Sequence[Path], command: str) -> dict[str
     }
 
 
+ROWS: dict[str, str] = {
+    "held-out pass@1 before RL, T = 1": "pass_at_1.before.macro",
+    "held-out pass@1 after RL, T = 1": "pass_at_1.after.macro",
+    "difference": "pass_at_1.difference.mean",
+    "its 95% interval, low": "pass_at_1.difference.low",
+    "its 95% interval, high": "pass_at_1.difference.high",
+    "pass@1 before RL at its best temperature": "pass_at_1.before_best_temperature.test.macro",
+    "greedy before RL": "greedy.before",
+    "greedy after RL": "greedy.after",
+    "cross-entropy, sparse minus dense, nats": "ce.gap",
+    "the same on answers": "ce.answers.gap",
+    "recency window minus dense, on answers": "ce.answers.window_gap",
+    "random selection minus dense, on answers": "ce.answers.random_gap",
+    "indexer recall, the word that answers": "indexer_recall",
+    "indexer recall, the whole fact": "indexer_recall_whole_fact",
+    "engine against learner, log-probability gap": "logprob_gap",
+    "whole run, minutes": "wall_seconds",
+    "peak memory, GB": "peak_rss_bytes",
+}
+
+
+def markdown(document: dict[str, Any]) -> str:
+    """The result file as the table that README shows: a row a number, a column a seed."""
+
+    def shown(name: str, run: dict[str, Any]) -> str:
+        value: Any = run
+        for key in ROWS[name].split("."):
+            value = value[key]
+        scale = {"wall_seconds": 1 / 60, "peak_rss_bytes": 1e-9}.get(ROWS[name], 1.0)
+        return f"{value:.1e}" if name.endswith("probability gap") else f"{value * scale:.{1 if scale != 1 else 3}f}"
+
+    runs = document["runs"]
+    lines = ["| | " + " | ".join(f"seed {run['seed']}" for run in runs) + " |", "|---|" + "---|" * len(runs)]
+    lines += [f"| {name} | " + " | ".join(shown(name, run) for run in runs) + " |" for name in ROWS]
+    return "\n".join(lines)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pipelines.results", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--profile", required=True)
@@ -81,7 +118,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         seeds = " ".join(str(read_yaml(directory / "summary.json").get("seed")) for directory in directories)
         command = f"python -m pipelines.results --profile {options.profile} --seeds {seeds} --output {options.output}"
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(options.output, collect(options.profile, directories, command))
+        document = collect(options.profile, directories, command)
+        write_json(options.output, document)
+        print(markdown(document))
     except InputError as error:
         print(f"results: {error}", file=sys.stderr)
         return 2
