@@ -15,7 +15,7 @@ BIN := .venv/bin
 # Tests on two cores at once; a process that trains uses one thread there.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: doctor install run test check ui
+.PHONY: doctor install run test check types fast-tests ui
 .DEFAULT_GOAL := run
 
 doctor:
@@ -37,7 +37,13 @@ test: install
 
 check: install
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target types fast-tests
+
+types:
 	$(BIN)/mypy
+
+fast-tests:
 	$(TEST) -m 'not slow'
 
 ui: install

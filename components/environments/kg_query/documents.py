@@ -41,8 +41,8 @@ def make_document(seed: int, split: Split, words: int = DOCUMENT_WORDS) -> Docum
     count = (words - asked * _QUESTION_WORDS) // _FACT_WORDS
     if not FAR_WORDS // _FACT_WORDS + QUESTIONS[1] <= count <= len(known):
         least = FAR_WORDS + QUESTIONS[1] * (_FACT_WORDS + _QUESTION_WORDS)
-        most = len(known) * _FACT_WORDS
-        raise ValueError(f"a kg_query document has {least} to {most} words, got {words}")
+        most, short = len(known) * _FACT_WORDS, 2 * (_FACT_WORDS + _QUESTION_WORDS)
+        raise ValueError(f"a kg_query document has {short} to {SHORT_WORDS} or {least} to {most} words, got {words}")
     facts = rng.sample(known, count)
     far = [i for i in range(count) if (count - i) * _FACT_WORDS >= FAR_WORDS]
     near = [i for i in range(count) if i not in far]

@@ -439,10 +439,23 @@ def repr_json(words):
     return ("[" + ",".join(f'"{word}"' for word in words) + "]").encode()
 
 
-@pytest.mark.parametrize("words", [0, 100, 5000])
+@pytest.mark.parametrize("words", [0, 17, 109, 171, 5000])
 def test_impossible_document_lengths_are_refused(words):
-    with pytest.raises(ValueError, match="172 to 768 words"):
+    with pytest.raises(ValueError, match="18 to 108 or 172 to 768 words"):
         FAMILY.document(0, "train", words)
+
+
+@pytest.mark.parametrize("words", [18, 54, 108])
+def test_a_short_document_asks_for_every_fact_and_no_single_word_finds_an_answer(words):
+    document = FAMILY.document(3, "train", words)
+    facts = [tuple(document.words[q.evidence[0] : q.evidence[0] + 3]) for q in document.questions]
+    assert words - 8 <= len(document.words) <= words
+    assert len(set(facts)) == len(facts) == words // 9
+    for question, (subject, relation, answer) in zip(document.questions, facts, strict=True):
+        start = question.answer_start
+        assert document.words[start - 2 : question.answer_end] == [subject, relation, answer]
+    if words > 18:
+        assert len({subject for subject, _, _ in facts}) < len(facts)
 
 
 def test_messages_do_not_hint_at_the_teacher():

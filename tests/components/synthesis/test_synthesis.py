@@ -203,7 +203,7 @@ def test_split_depends_on_the_seed_and_keeps_every_kind_for_training():
     [
         ({"environments": ["no_such_family"]}, "no_such_family.*kg_query"),
         ({"test_templates": 400}, "leave too few of the 408"),
-        ({"document_words": 100}, "172 to 768 words"),
+        ({"document_words": 120}, "172 to 768 words"),
     ],
 )
 def test_what_cannot_be_made_is_bad_input(tmp_path, changes, complaint):
