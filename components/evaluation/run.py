@@ -219,8 +219,7 @@ def summarise(report: EvaluationReport) -> dict[str, Any]:
             "difference": report.greedy.difference.model_dump(),
         },
         "ce": numbers(report.ce) | {"answers": numbers(report.ce_answers)},
-        # the evidence is the word that states the answer; the fact's subject and relation stand in the question too,
-        # and a key's latent already holds the words before it, so that nothing needs to read them again
+        # the evidence is the word that states the answer: the fact's subject and relation stand in the question too
         "indexer_recall": recall.answer_word.mean,
         "indexer_recall_whole_fact": recall.all_words.mean,
         "indexer_layer": recall.answer_layer,
