@@ -73,8 +73,9 @@ def run(config: PretrainingConfig, context: StageContext, inputs: dict[str, Poin
         tokenizer = word_tokenizer(SPECIAL_WORDS, read_vocabulary(directory), UNKNOWN)
         model = Transformer(_preset(config.model, tokenizer)).initialise(context.seed)
     corpus = load_corpus(directory, tokenizer, config)
-    context.tracker.parameters({"model_parameters": sum(p.numel() for p in model.parameters())})
-    summary: dict[str, float] = {"parameters": sum(p.numel() for p in model.parameters())}
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    context.tracker.parameters({"model_parameters": parameters})
+    summary: dict[str, float] = {"parameters": parameters}
     if "base" not in inputs:
         train_phase("dense", config.dense, config, model, corpus, context)
     train_phase("warmup", config.warmup, config, model, corpus, context)
