@@ -7,6 +7,7 @@ process and its children alone. The data stay in the folder, so the next run fin
 from __future__ import annotations
 
 import os
+import random
 import secrets
 import shutil
 import socket
@@ -24,6 +25,8 @@ from components.runtime.object_store import S3Store
 BUCKET = "sparseline"
 READY_SECONDS = 60.0
 ATTEMPTS = 3
+PORTS = (24000, 32000)
+TAKEN = ("address already in use", "Port allocation failed")  # how the server says that a port is not free
 # Every listener of `weed mini`; a flag left out would mean a fixed port.
 PORT_FLAGS = (
     "s3.port",
@@ -40,7 +43,7 @@ PORT_FLAGS = (
 
 
 class PortTaken(Exception):
-    """Somebody took a port between our choice and the server's start."""
+    """Somebody took a port between our choice and the server's start: the server ended, or went to another port."""
 
 
 def weed_program() -> Path | None:
@@ -51,12 +54,22 @@ def weed_program() -> Path | None:
 
 
 def free_ports(count: int) -> list[int]:
-    """`count` different loopback ports that are free now: all are held at once, so that none comes twice."""
+    """`count` different loopback ports that are free now: all are held at once, so that none comes twice.
+
+    They lie below the range from which the kernel gives ports to outgoing connections, so that no client of this machine
+    can be given one of them between our choice and the server's start.
+    """
+    choose = random.SystemRandom()
     with ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [int(one.getsockname()[1]) for one in sockets]
+        found: list[int] = []
+        while len(found) < count:
+            one = held.enter_context(socket.socket())
+            try:
+                one.bind(("127.0.0.1", choose.randrange(*PORTS)))
+            except OSError:  # somebody has it
+                continue
+            found.append(int(one.getsockname()[1]))
+        return found
 
 
 @contextmanager
@@ -122,7 +135,7 @@ def _await_ready(process: subprocess.Popen, store: S3Store, log: Path) -> None:
     while time.monotonic() < deadline:
         if process.poll() is not None:
             text = log.read_text(errors="replace")
-            if "address already in use" in text:
+            if any(sign in text for sign in TAKEN):
                 raise PortTaken
             raise InputError(f"SeaweedFS ended with code {process.returncode}; its log is {log}:\n{text[-600:]}")
         try:
@@ -133,5 +146,7 @@ def _await_ready(process: subprocess.Popen, store: S3Store, log: Path) -> None:
                 return
         except Exception as error:  # every kind of "not yet"; the last one is told when time is up
             problem = str(error)
+        if any(sign in log.read_text(errors="replace") for sign in TAKEN):
+            raise PortTaken
         time.sleep(0.05)  # between two polls of a starting server
     raise InputError(f"SeaweedFS was not ready after {READY_SECONDS:.0f} s ({problem}); its log is {log}")

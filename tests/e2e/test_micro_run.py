@@ -43,8 +43,14 @@ def sparseline(runs: Path, *arguments: str, profile="micro"):
     )
 
 
-def summary_of(runs: Path) -> dict:
-    return json.loads((runs / "latest" / "summary.json").read_text())
+def summary_of(runs: Path, done: subprocess.CompletedProcess | None = None) -> dict:
+    """The newest run's summary. With `done`, a run that wrote none fails with everything it said."""
+    path = runs / "latest" / "summary.json"
+    if done is not None:
+        log = runs / "seaweedfs.log"
+        store = log.read_text(errors="replace")[-2000:] if log.is_file() else ""
+        assert path.is_file(), f"exit code {done.returncode}, no summary\n{done.stdout}\n{done.stderr}\n{store}"
+    return json.loads(path.read_text())
 
 
 def states(summary: dict) -> dict:
@@ -63,7 +69,7 @@ def runs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def rejected(runs):
     done = sparseline(runs)
-    return done, summary_of(runs)
+    return done, summary_of(runs, done)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +77,7 @@ def accepted(runs, rejected):
     registry = Registry(settings_of(runs))
     registry.promote(registry.alias("candidate").pointer)
     done = sparseline(runs)
-    return done, summary_of(runs)
+    return done, summary_of(runs, done)
 
 
 def test_a_rejected_run_ends_by_name_with_exit_code_3(rejected):

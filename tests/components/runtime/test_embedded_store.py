@@ -1,6 +1,7 @@
 """SeaweedFS as we start it: loopback, no fixed ports, secrets out of sight, data kept, gone with its parent."""
 
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -8,6 +9,7 @@ import time
 import psutil
 import pytest
 
+from components.runtime import embedded_store as embedded_store_module
 from components.runtime.embedded_store import embedded_store, free_ports, weed_program
 
 pytestmark = [
@@ -41,6 +43,17 @@ def test_loopback_only_no_default_port_and_no_secret_in_the_command_line(tmp_pat
         assert store.secret_key not in command
         assert store.access_key not in command
     assert weed_processes(tmp_path / "data") == []
+
+
+def test_a_port_that_somebody_took_first_is_chosen_again(tmp_path, monkeypatch):
+    taken = socket.socket()
+    taken.bind(("127.0.0.1", 0))
+    taken.listen()
+    choices = [[taken.getsockname()[1], *free_ports(9)], free_ports(10)]
+    monkeypatch.setattr(embedded_store_module, "free_ports", lambda count: choices.pop(0))
+    with taken, embedded_store(tmp_path / "data", tmp_path / "log") as store:
+        store.put_bytes("kept", b"value")
+    assert choices == []
 
 
 def test_data_outlive_a_killed_server_and_old_credentials_do_not(tmp_path):
