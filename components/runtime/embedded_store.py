@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import psutil
+
 from components.runtime import processes
 from components.runtime.errors import InputError, disk_errors
 from components.runtime.object_store import S3Store
@@ -56,8 +58,8 @@ def weed_program() -> Path | None:
 def free_ports(count: int) -> list[int]:
     """`count` different loopback ports that are free now: all are held at once, so that none comes twice.
 
-    They lie below the range from which the kernel gives ports to outgoing connections, so that no client of this machine
-    can be given one of them between our choice and the server's start.
+    They lie below the range from which the kernel gives ports to outgoing connections, so that no client of this
+    machine can be given one of them between our choice and the server's start.
     """
     choose = random.SystemRandom()
     with ExitStack() as held:
@@ -138,6 +140,11 @@ def _await_ready(process: subprocess.Popen, store: S3Store, log: Path) -> None:
             if any(sign in text for sign in TAKEN):
                 raise PortTaken
             raise InputError(f"SeaweedFS ended with code {process.returncode}; its log is {log}:\n{text[-600:]}")
+        if not _listens(
+            process, store
+        ):  # before that, whoever took the port would get our request, and may never answer
+            time.sleep(0.05)  # between two looks at a starting server
+            continue
         try:
             store.ensure_bucket()
             store.put_bytes(probe, probe.encode())
@@ -146,7 +153,15 @@ def _await_ready(process: subprocess.Popen, store: S3Store, log: Path) -> None:
                 return
         except Exception as error:  # every kind of "not yet"; the last one is told when time is up
             problem = str(error)
-        if any(sign in log.read_text(errors="replace") for sign in TAKEN):
-            raise PortTaken
         time.sleep(0.05)  # between two polls of a starting server
     raise InputError(f"SeaweedFS was not ready after {READY_SECONDS:.0f} s ({problem}); its log is {log}")
+
+
+def _listens(process: subprocess.Popen, store: S3Store) -> bool:
+    """Whether the server itself, and nobody else, listens on the port that we chose for S3."""
+    port = int(store.endpoint.rpartition(":")[2])
+    try:
+        connections = psutil.Process(process.pid).net_connections(kind="tcp")
+    except psutil.NoSuchProcess:
+        return False
+    return any(c.status == psutil.CONN_LISTEN and c.laddr.port == port for c in connections)
