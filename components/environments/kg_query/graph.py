@@ -10,17 +10,16 @@ import random
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
+from components.environments.words import CITIES, COMPANIES, PEOPLE, PRODUCTS, TEAMS
 from components.runtime.contracts import digest
 
-_ENTITIES = {
-    "person": """ada bruno carla dmitri elena farid greta hugo irene jonas
-                 kaori liam mona nils olga pavel rosa sven tara yusuf""",
-    "team": "core data design field growth infra legal mobile payments platform research support",
-    "company": "acme borealis cobalt delphi everest fjord granite helios indigo juniper kestrel lumen",
-    "city": "athens bergen cairo dakar geneva lima osaka quito riga tunis",
-    "product": "anvil beacon comet drift ember falcon glider harbor iris jigsaw",
+ENTITIES: dict[str, tuple[str, ...]] = {
+    "person": PEOPLE,
+    "team": TEAMS,
+    "company": COMPANIES,
+    "city": CITIES,
+    "product": PRODUCTS,
 }
-ENTITIES: dict[str, tuple[str, ...]] = {kind: tuple(names.split()) for kind, names in _ENTITIES.items()}
 TYPE_OF: dict[str, str] = {name: kind for kind, names in ENTITIES.items() for name in names}
 
 
