@@ -23,8 +23,20 @@ class SynthesisConfig(BaseModel):
     validation_demonstrations: int = Field(
         default=300, ge=1, description="demonstrations on validation templates, per family"
     )
+    test_environments: int = Field(
+        default=40, ge=1, description="environments held out whole for the test split, of families that have many"
+    )
+    validation_environments: int = Field(
+        default=20, ge=1, description="environments held out whole for validation, of families that have many"
+    )
     wrong_share: float = Field(
-        default=0.5, ge=0, le=0.5, description="share of demonstrations that are wrong, 0 to 0.5"
+        default=0.4, ge=0, le=0.5, description="share of wrong demonstrations of templates without a shortcut"
+    )
+    shortcut_share: float = Field(
+        default=0.6,
+        ge=0,
+        le=0.9,
+        description="share of a shortcut's demonstrations among those of a template that has one (a third of them)",
     )
     documents: int = Field(default=3000, ge=1, description="documents for training, per family")
     validation_documents: int = Field(default=100, ge=1, description="long documents for validation, per family")

@@ -1,8 +1,9 @@
-"""What synthesis needs of an environment beyond the protocol: teachers that demonstrate it, and documents."""
+"""What synthesis needs of an environment beyond the protocol: teachers that demonstrate it, perhaps documents."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Literal, Protocol, cast
 
 from components.environments.protocol import Environment, environment
@@ -15,7 +16,8 @@ CAREFUL = "careful"  # the one teacher that every family has and that is always 
 
 class Family(Environment, Protocol):
     def describe(self, template: str) -> dict[str, int | str]:
-        """Operator and hops of a template: splits hold out templates of each kind."""
+        """Operator and hops of a template: splits hold out templates of each kind. A `group`, where there is one, is
+        held out as a whole (an environment of the grammar, with all its templates)."""
         ...
 
     def long_templates(self) -> list[str]: ...
@@ -24,7 +26,20 @@ class Family(Environment, Protocol):
         ...
 
     def play(self, task: TaskRecord, kind: str, rng: random.Random) -> Demonstration: ...
-    def document(self, seed: int, split: Split, words: int) -> Document: ...
+
+
+def shortcut_of(family: Family, template: str) -> str | None:
+    """The wrong teacher that most demonstrations of this template follow; None where the careful ones are the majority.
+
+    Optional method `shortcut` of a family. Imitation alone learns the shortcut there; only reward can unlearn it.
+    """
+    find: Callable[[str], str | None] | None = getattr(family, "shortcut", None)
+    return find(template) if find else None
+
+
+def document_of(family: Family) -> Callable[[int, Split, int], Document] | None:
+    """The family's optional method `document(seed, split, words)`: a long text with questions at its end."""
+    return getattr(family, "document", None)
 
 
 def load_family(name: str) -> Family:
@@ -33,7 +48,7 @@ def load_family(name: str) -> Family:
         found = environment(name)
     except ValueError as error:
         raise InputError(f"synthesis: {error}") from error
-    needed = ("describe", "long_templates", "wrong_kinds", "play", "document")
+    needed = ("describe", "long_templates", "wrong_kinds", "play")
     missing = [part for part in needed if not hasattr(found, part)]
     if missing:
         raise InputError(f"the environment {name!r} cannot be synthesised from: it lacks {', '.join(missing)}")

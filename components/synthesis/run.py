@@ -22,8 +22,8 @@ from components.runtime.task_set import BATTERY, write_task_set
 from components.synthesis.battery import Battery, constant_submissions
 from components.synthesis.config import SynthesisConfig
 from components.synthesis.demonstrations import make_demonstrations
-from components.synthesis.family import Family, Split, load_family
-from components.synthesis.splits import draw_template, kinds_of_template, split_templates
+from components.synthesis.family import Family, Split, document_of, load_family
+from components.synthesis.splits import draw_template, groups_of_templates, kinds_of_template, split_templates
 from components.synthesis.tasks import make_tasks
 
 _PROBE_TASKS = 500  # tasks from which the constant player learns its answers
@@ -35,10 +35,12 @@ def run(config: SynthesisConfig, context: StageContext, inputs: dict[str, Pointe
     Raises InputError when a family is not installed, or cannot give what the configuration asks for.
     """
     families = [load_family(name) for name in config.environments]
-    total = len(families) * (
-        config.train_tasks + config.validation_tasks + config.test_tasks + config.long_tasks
-        + config.demonstrations + config.validation_demonstrations
-        + config.documents + config.validation_documents + config.test_documents
+    played = config.demonstrations + config.validation_demonstrations
+    texts = config.documents + config.validation_documents + config.test_documents
+    total = sum(
+        config.train_tasks + config.validation_tasks + config.test_tasks + played
+        + (config.long_tasks if family.long_templates() else 0) + (texts if document_of(family) else 0)
+        for family in families
     )  # fmt: skip
     done = 0
 
@@ -94,7 +96,10 @@ class _Made:
 
 def _make_family(family: Family, config: SynthesisConfig, seed: int, tick: Callable[[], None]) -> _Made:
     made = _Made()
-    splits = split_templates(family, seed, config.validation_templates, config.test_templates)
+    held_out = (config.validation_templates, config.test_templates)
+    if len(groups_of_templates(family, family.templates())) < len(family.templates()):
+        held_out = (config.validation_environments, config.test_environments)
+    splits = split_templates(family, seed, *held_out)
     battery = Battery(family, _constant_player(family, splits["train"], seed), config.mutants, config.random_plays)
     sizes: dict[Split, int] = {
         "train": config.train_tasks,
@@ -103,17 +108,37 @@ def _make_family(family: Family, config: SynthesisConfig, seed: int, tick: Calla
     }
     for split, size in sizes.items():
         made.tasks += make_tasks(family, splits[split], size, split, seed, battery, tick)
-    if config.long_tasks:
-        made.long_tasks = make_tasks(family, family.long_templates(), config.long_tasks, "test", seed, battery, tick)
+    long_templates = family.long_templates()
+    if config.long_tasks and long_templates:
+        made.long_tasks = make_tasks(family, long_templates, config.long_tasks, "test", seed, battery, tick)
 
-    share = config.wrong_share
-    made.demonstrations = make_demonstrations(
-        family, splits["train"], config.demonstrations, share, "train", seed, tick
-    ) + make_demonstrations(
-        family, splits["validation"], config.validation_demonstrations, share, "validation", seed, tick
-    )
+    numbers: dict[Split, int] = {"train": config.demonstrations, "validation": config.validation_demonstrations}
+    for split, number in numbers.items():
+        made.demonstrations += make_demonstrations(
+            family, splits[split], number, config.wrong_share, config.shortcut_share, split, seed, tick
+        )
+    document = document_of(family)
+    if document:
+        made.documents = _make_documents(family.name, document, config, seed, tick)
 
-    rng = random.Random(f"synthesis/{family.name}/documents/{seed}")
+    made.report = battery.report()
+    made.report["templates"] = {split: len(names) for split, names in splits.items()}
+    made.report["templates_in_two_splits"] = _shared_templates(made.tasks + made.long_tasks)
+    if made.report["templates_in_two_splits"]:
+        raise RuntimeError(f"{family.name}: the splits share templates: {made.report['templates_in_two_splits']}")
+    return made
+
+
+def _make_documents(
+    name: str,
+    document: Callable[[int, Split, int], Document],
+    config: SynthesisConfig,
+    seed: int,
+    tick: Callable[[], None],
+) -> list[Document]:
+    made = []
+
+    rng = random.Random(f"synthesis/{name}/documents/{seed}")
     texts: dict[Split, int] = {
         "train": config.documents,
         "validation": config.validation_documents,
@@ -124,16 +149,10 @@ def _make_family(family: Family, config: SynthesisConfig, seed: int, tick: Calla
         for index in range(size):
             try:
                 words = lengths[index % len(lengths)]
-                made.documents.append(family.document(rng.getrandbits(48), split, words))
+                made.append(document(rng.getrandbits(48), split, words))
             except ValueError as error:
                 raise InputError(f"synthesis: document_words: {error}") from error
             tick()
-
-    made.report = battery.report()
-    made.report["templates"] = {split: len(names) for split, names in splits.items()}
-    made.report["templates_in_two_splits"] = _shared_templates(made.tasks + made.long_tasks)
-    if made.report["templates_in_two_splits"]:
-        raise RuntimeError(f"{family.name}: the splits share templates: {made.report['templates_in_two_splits']}")
     return made
 
 

@@ -147,6 +147,10 @@ class KnowledgeGraphQuery:
         program = parse_program(template)
         return {"operator": program.operator, "hops": len(program.relations)}
 
+    def shortcut(self, template: str) -> str | None:
+        """Most demonstrations of counting read the first page only."""
+        return "first_page_only" if parse_program(template).operator == "count" else None
+
     def generate(self, template: str, seed: int, split: Split) -> TaskRecord:
         """A task of the template; the same arguments give the same record.
 

@@ -102,15 +102,48 @@ def test_test_tasks_are_spread_evenly(made):
 def test_at_most_half_of_the_demonstrations_are_wrong(made):
     _, folder = made
     played = task_set.read_demonstrations(folder, "train")
-    assert sum(not demonstration.passed for demonstration in played) == 30  # int(61 / 2)
+    assert 0.4 * 61 < sum(not demonstration.passed for demonstration in played) <= 0.5 * 61
     assert all(demonstration.passed == (demonstration.kind == "careful") for demonstration in played)
     assert {demonstration.kind for demonstration in played} > {"careful", "stops_early", "guesses", "wrong_relation"}
 
 
+NO_SHORTCUT = [template for template in FAMILY.templates() if not template.endswith("/count")]
+
+
 @pytest.mark.parametrize("share, expected", [(0.0, 0), (0.25, 5), (0.5, 10)])
 def test_wrong_share(share, expected):
-    played = make_demonstrations(FAMILY, FAMILY.templates(), 20, share, "train", seed=4)
+    played = make_demonstrations(FAMILY, NO_SHORTCUT, 20, share, 0.0, "train", seed=4)
     assert sum(not demonstration.passed for demonstration in played) == expected
+
+
+def test_the_shortcut_is_the_majority_where_there_is_one():
+    """A third of the templates count; there most demonstrations read the first page only, on tasks with more pages."""
+    played = make_demonstrations(FAMILY, FAMILY.templates(), 300, 0.4, 0.6, "train", seed=4)
+    counting = [demonstration for demonstration in played if demonstration.template.endswith("/count")]
+    others = [demonstration for demonstration in played if not demonstration.template.endswith("/count")]
+    assert 70 < len(counting) < 130
+    shortcuts = [demonstration for demonstration in counting if demonstration.kind == "first_page_only"]
+    assert abs(len(shortcuts) - 0.6 * len(counting)) <= 1
+    assert {demonstration.kind for demonstration in counting} == {"first_page_only", "careful"}
+    assert abs(sum(not demonstration.passed for demonstration in others) - 0.4 * len(others)) <= 1
+
+
+class Environments(KnowledgeGraphQuery):
+    """The same programs, as if those that begin with one relation were one environment."""
+
+    def describe(self, template):
+        return {**super().describe(template), "group": template.split("/")[0]}
+
+
+def test_environments_are_held_out_whole():
+    splits = split_templates(Environments(), 0, 3, 5)
+    owners = {split: {template.split("/")[0] for template in templates} for split, templates in splits.items()}
+    assert len(owners["validation"]) == 3
+    assert len(owners["test"]) == 5
+    assert not owners["train"] & owners["test"]
+    assert not owners["train"] & owners["validation"]
+    assert not owners["validation"] & owners["test"]
+    assert sorted(template for part in splits.values() for template in part) == sorted(FAMILY.templates())
 
 
 class Lucky(KnowledgeGraphQuery):
@@ -128,7 +161,7 @@ class Lucky(KnowledgeGraphQuery):
 
 def test_wrong_teachers_that_pass_by_luck_are_drawn_again():
     family = Lucky()
-    played = make_demonstrations(family, family.templates(), 20, 0.5, "train", seed=4)
+    played = make_demonstrations(family, NO_SHORTCUT, 20, 0.5, 0.0, "train", seed=4)
     assert family.plays == 20
     assert all(demonstration.passed == (demonstration.kind == "careful") for demonstration in played)
     assert sum(not demonstration.passed for demonstration in played) == 10
@@ -140,7 +173,7 @@ def test_a_careful_teacher_that_fails_is_a_fault():
             return super().play(task, kind, rng).model_copy(update={"passed": False})
 
     with pytest.raises(RuntimeError, match="careful teacher fails on template"):
-        make_demonstrations(Broken(), FAMILY.templates(), 4, 0.5, "train", seed=0)
+        make_demonstrations(Broken(), FAMILY.templates(), 4, 0.5, 0.0, "train", seed=0)
 
 
 def test_removed_tasks_are_replaced_until_there_are_no_more():
