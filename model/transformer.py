@@ -120,6 +120,11 @@ class Transformer(nn.Module):
         indexers = [module for module in self.modules() if isinstance(module, LightningIndexer)]
         return [parameter for indexer in indexers for parameter in indexer.parameters()]
 
+    def hidden_matrices(self) -> list[nn.Parameter]:
+        """The network's matrices inside the layers (two dimensions, or a stack of experts), without the routers'."""
+        apart = {id(p) for p in self.indexer_parameters()} | {id(router.weight) for router in self.routers()}
+        return [p for p in self.model.layers.parameters() if p.dim() >= 2 and id(p) not in apart]
+
     def network_parameters(self) -> list[nn.Parameter]:
         """All parameters but the lightning indexers'."""
         indexer = {id(p) for p in self.indexer_parameters()}

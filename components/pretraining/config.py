@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class PhaseConfig(BaseModel):
-    """One phase. Rates are per step of AdamW; a step sees about `demonstration_tokens` + `document_tokens` tokens."""
+    """One phase. Rates are per optimiser step; a step sees about `demonstration_tokens` + `document_tokens` tokens."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -16,7 +16,8 @@ class PhaseConfig(BaseModel):
     curriculum: float = Field(
         0.0, ge=0, le=1, description="share of the phase over which documents grow from the shortest to all lengths"
     )
-    learning_rate: float = Field(gt=0, description="peak learning rate of what the phase trains")
+    learning_rate: float = Field(gt=0, description="peak learning rate of AdamW: embedding, head, routers, vectors")
+    matrix_learning_rate: float = Field(8e-3, gt=0, description="peak learning rate of Muon: the network's matrices")
     indexer_learning_rate: float = Field(1e-3, gt=0, description="learning rate of the lightning indexer")
     warmup_steps: int = Field(20, ge=0, description="steps of linear warm-up of the learning rate")
     final_share: float = Field(0.1, ge=0, le=1, description="learning rate at the end, as a share of the peak (cosine)")
@@ -32,7 +33,9 @@ class PretrainingConfig(BaseModel):
         steps=900, learning_rate=3e-3, demonstration_tokens=2000, document_tokens=2000, curriculum=0.6
     )
     warmup: PhaseConfig = PhaseConfig(steps=80, learning_rate=5e-3)
-    sparse: PhaseConfig = PhaseConfig(steps=120, learning_rate=5e-4, demonstration_tokens=1600, document_tokens=1600)
+    sparse: PhaseConfig = PhaseConfig(
+        steps=100, learning_rate=5e-4, matrix_learning_rate=2e-3, demonstration_tokens=1600, document_tokens=1600
+    )
     filler_weight: float = Field(
         0.1, ge=0, le=1, description="weight of a document's other words in the loss; words of answers have weight 1"
     )

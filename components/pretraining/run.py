@@ -31,6 +31,7 @@ from components.pretraining.data import (
     pack,
 )
 from components.pretraining.episode import play_one
+from components.pretraining.optimizers import curriculum_share, learning_rate_share, optimizers_of
 from components.runtime.contracts import Pointer, TaskRecord
 from components.runtime.errors import InputError
 from components.runtime.stage import StageContext, StageResult
@@ -122,42 +123,6 @@ def load_corpus(directory: Path, tokenizer: Tokenizer, config: PretrainingConfig
     )
 
 
-def learning_rate_share(step: int, phase: PhaseConfig) -> float:
-    """Linear warm-up, then cosine down to `final_share`; 1 is the peak."""
-    if step < phase.warmup_steps:
-        return (step + 1) / phase.warmup_steps
-    done = (step - phase.warmup_steps) / max(1, phase.steps - phase.warmup_steps)
-    return phase.final_share + (1 - phase.final_share) * 0.5 * (1 + math.cos(math.pi * done))
-
-
-def curriculum_share(step: int, phase: PhaseConfig) -> float:
-    """Share of the documents, shortest first, that a step may draw from; grows in eighths."""
-    if phase.curriculum == 0:
-        return 1.0
-    return min(1.0, math.ceil(8 * (step + 1) / (phase.curriculum * phase.steps)) / 8)
-
-
-def optimiser(name: str, phase: PhaseConfig, config: PretrainingConfig, model: Transformer) -> torch.optim.AdamW:
-    """AdamW over what the phase trains (sets requires_grad); vectors and embeddings do not decay."""
-    network, indexer = model.network_parameters(), model.indexer_parameters()
-    for parameter in network:
-        parameter.requires_grad_(name != "warmup")
-    for parameter in indexer:
-        parameter.requires_grad_(name != "dense")
-    rate, indexer_rate = phase.learning_rate, phase.indexer_learning_rate
-    if name == "warmup":
-        indexer_rate = phase.learning_rate
-    embedding = model.model.embed_tokens.weight
-    groups = []
-    for parameters, peak in ((network, rate), (indexer, indexer_rate)):
-        trained = [p for p in parameters if p.requires_grad]
-        decayed = [p for p in trained if p.dim() >= 2 and p is not embedding]
-        kept = [p for p in trained if p.dim() < 2 or p is embedding]
-        groups.append({"params": decayed, "lr": peak, "peak": peak, "weight_decay": config.weight_decay})
-        groups.append({"params": kept, "lr": peak, "peak": peak, "weight_decay": 0.0})
-    return torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.95), fused=True)
-
-
 MODES: dict[str, tuple[Selection, IndexerLoss]] = {
     "dense": ("dense", "none"),
     "warmup": ("dense", "dense"),
@@ -174,13 +139,15 @@ def train_phase(
     context.progress.phase(name)
     model.train()
     model.attention_mode, indexer_loss = MODES[name]
-    optimizer = optimiser(name, phase, config, model)
+    optimizers = optimizers_of(name, phase, config, model)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    trained = [parameter for group in groups for parameter in group["params"]]
     generator = torch.Generator().manual_seed(random.Random(f"{context.seed}/{name}").getrandbits(62))
     streams = {"demonstrations": Stream(corpus.demonstrations, phase.demonstration_tokens, generator)}
     if phase.document_tokens:
         streams["documents"] = Stream(corpus.documents, phase.document_tokens, generator)
     for step in range(phase.steps):
-        for group in optimizer.param_groups:
+        for group in groups:
             group["lr"] = group["peak"] * learning_rate_share(step, phase)
         values: dict[str, float] = {}
         routing: list[list[torch.Tensor]] = []
@@ -193,10 +160,10 @@ def train_phase(
             loss.backward()
             values.update({f"{name}/{kind}_{key}": value for key, value in losses.items()})
             routing.append(experts)
-        trained = [p for group in optimizer.param_groups for p in group["params"]]
         values[f"{name}/gradient_norm"] = float(torch.nn.utils.clip_grad_norm_(trained, config.gradient_clip))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         if name != "warmup":
             for layer, router in enumerate(model.routers()):
                 balance(router, torch.cat([experts[layer] for experts in routing]), config.router_bias_speed)

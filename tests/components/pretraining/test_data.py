@@ -6,7 +6,7 @@ import torch
 from components.environments.chat_format import SPECIAL_WORDS, UNKNOWN
 from components.pretraining.config import PhaseConfig
 from components.pretraining.data import Example, Stream, demonstration_example, document_example, pack
-from components.pretraining.run import curriculum_share, learning_rate_share
+from components.pretraining.optimizers import curriculum_share, learning_rate_share
 from components.runtime.contracts import Demonstration, Document, Message, Question, ToolCall
 from components.runtime.errors import InputError
 
