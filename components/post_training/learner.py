@@ -1,4 +1,4 @@
-"""Trajectories -> gradient steps: packs what the engine recorded, and makes the network keep its choices.
+"""Trajectories -> log-probabilities: packs what the engine recorded, and makes the network keep its choices.
 
 Keep Routing: the experts that the rollout used are used again. Keep Sampling Mask: what top-p cut away is cut away from
 the learner's distribution too. Shape suffixes: T packed tokens, R sampled tokens, V vocabulary, K experts per token.
@@ -32,7 +32,12 @@ class RolloutBatch:
 
 
 def pack_trajectories(
-    trajectories: Sequence[Trajectory], advantages: Sequence[float], vocabulary: int, *, keep_routing: bool
+    trajectories: Sequence[Trajectory],
+    advantages: Sequence[float],
+    vocabulary: int,
+    *,
+    keep_routing: bool,
+    keep_sampling_masks: bool = True,
 ) -> RolloutBatch:
     """Raises ValueError when a trajectory's record does not cover its tokens, or temperatures differ."""
     temperatures = {trajectory.temperature for trajectory in trajectories}
@@ -47,13 +52,14 @@ def pack_trajectories(
         places = trajectory.sampled[1:].nonzero().flatten()
         rows.append(places + start)
         sequence.append(torch.full_like(places, index))
-        kept.append(_kept_mask(trajectory, len(places), vocabulary))
+        if keep_sampling_masks:
+            kept.append(_kept_mask(trajectory, len(places), vocabulary))
         start += fed
     routing = None
     if keep_routing and trajectories[0].routing.shape[0]:
         layers = trajectories[0].routing.shape[0]
         routing = [torch.cat([t.routing[layer] for t in trajectories]).long() for layer in range(layers)]
-    cut = any(trajectory.sampling_masks is not None for trajectory in trajectories)
+    cut = keep_sampling_masks and any(trajectory.sampling_masks is not None for trajectory in trajectories)
     return RolloutBatch(
         inputs_T=torch.cat([t.token_ids[:-1] for t in trajectories]),
         lengths=[len(t) - 1 for t in trajectories],
@@ -96,18 +102,15 @@ def logprobs(
     return logprob_RV.gather(1, batch.tokens_R[:, None]).squeeze(1), entropy_R
 
 
-def micro_batches(
-    trajectories: Sequence[Trajectory], advantages: Sequence[float], tokens: int
-) -> Iterator[tuple[list[Trajectory], list[float]]]:
-    """Split by length into parts of at most `tokens` tokens (one trajectory at least)."""
-    order = sorted(range(len(trajectories)), key=lambda index: len(trajectories[index]))
+def micro_batches(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
+    """Indices of sequences of these lengths, by length, in parts of at most `tokens` tokens (one sequence at least)."""
     part: list[int] = []
     used = 0
-    for index in order:
-        if part and used + len(trajectories[index]) > tokens:
-            yield [trajectories[i] for i in part], [advantages[i] for i in part]
+    for index in sorted(range(len(lengths)), key=lambda index: lengths[index]):
+        if part and used + lengths[index] > tokens:
+            yield part
             part, used = [], 0
         part.append(index)
-        used += len(trajectories[index])
+        used += lengths[index]
     if part:
-        yield [trajectories[i] for i in part], [advantages[i] for i in part]
+        yield part

@@ -9,8 +9,11 @@ sequence a token belongs to. All log-probabilities are in nats; pi_old is what t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+
+KLEstimator = Literal["unbiased", "biased"]
 
 
 def group_advantages(reward_N: torch.Tensor, group_N: torch.Tensor) -> torch.Tensor:
@@ -42,9 +45,29 @@ def unbiased_kl(
 
     The gradient flows through the ratio r = pi / pi_old as well.
     """
+    return (logprob_R - old_logprob_R).exp() * biased_kl(logprob_R, reference_logprob_R)
+
+
+def biased_kl(logprob_R: torch.Tensor, reference_logprob_R: torch.Tensor) -> torch.Tensor:
+    """pi_ref/pi - log(pi_ref/pi) - 1, plain K3: its gradient is not that of the KL. Kept to be compared with."""
     log_reference_ratio_R = reference_logprob_R - logprob_R
-    ratio_R = (logprob_R - old_logprob_R).exp()
-    return ratio_R * (log_reference_ratio_R.exp() - log_reference_ratio_R - 1)
+    return log_reference_ratio_R.exp() - log_reference_ratio_R - 1
+
+
+def truncated_importance(proximal_logprob_R: torch.Tensor, engine_logprob_R: torch.Tensor, cap: float) -> torch.Tensor:
+    """min(pi / pi_engine, cap), detached: what the engine's distribution differs by before the batch's first update."""
+    return (proximal_logprob_R - engine_logprob_R).exp().clamp(max=cap).detach()
+
+
+def length_penalised(
+    reward_N: torch.Tensor, tokens_N: torch.Tensor, budget_N: torch.Tensor, weight: float
+) -> torch.Tensor:
+    """Reward less `weight` times the share of its token budget that a passed rollout used.
+
+    A failed rollout loses nothing: giving up early is no merit, and a group that failed whole still teaches nothing.
+    """
+    used_N = (tokens_N / budget_N).clamp(max=1.0)
+    return torch.where(reward_N == 1.0, reward_N - weight * used_N, reward_N)
 
 
 def off_policy_sequence_mask(
@@ -69,6 +92,7 @@ class Objective:
     masked_share: float
     clipped_share: float
     ratio_max: float
+    ratio_mean: float
 
 
 def grpo_loss(
@@ -80,28 +104,71 @@ def grpo_loss(
     *,
     clip_low: float,
     clip_high: float,
-    kl_weight: float,
-    sequence_mask_threshold: float,
+    kl_weight: float | torch.Tensor,
+    sequence_mask_threshold: float | None,
     total_sequences: int,
+    kl_estimator: KLEstimator = "unbiased",
+    proximal_logprob_R: torch.Tensor | None = None,
+    importance_cap: float | None = None,
 ) -> Objective:
     """-J over these N sequences, divided by `total_sequences` so that micro-batches add up.
 
-    The off-policy sequence mask multiplies the policy term and not the KL term, as the equation is printed.
+    The off-policy sequence mask multiplies the policy term and not the KL term, as the equation is printed; it compares
+    with old_logprob_R, what the engine returned. kl_weight: one beta, or one per sequence [N]. With `importance_cap`,
+    the clipped ratio counts from proximal_logprob_R (the learner before the batch's first update), and the policy term
+    is weighed by the truncated importance of that against the engine.
     """
     sequences = advantage_N.shape[0]
     ratio_R = (logprob_R - old_logprob_R).exp()
     advantage_R = advantage_N[sequence_R]
-    policy_R = clipped_policy_term(ratio_R, advantage_R, clip_low, clip_high)
-    mask_N = off_policy_sequence_mask(logprob_R, old_logprob_R, sequence_R, advantage_N, sequence_mask_threshold)
-    kl_R = unbiased_kl(logprob_R, old_logprob_R, reference_logprob_R)
-    objective_N = sequence_mean(policy_R * mask_N[sequence_R] - kl_weight * kl_R, sequence_R, sequences)
+    if importance_cap is None:
+        step_ratio_R = ratio_R
+        policy_R = clipped_policy_term(ratio_R, advantage_R, clip_low, clip_high)
+    else:
+        if proximal_logprob_R is None:
+            raise ValueError("importance_cap needs the learner's log-probabilities before the first update")
+        step_ratio_R = (logprob_R - proximal_logprob_R).exp()
+        importance_R = truncated_importance(proximal_logprob_R, old_logprob_R, importance_cap)
+        policy_R = importance_R * clipped_policy_term(step_ratio_R, advantage_R, clip_low, clip_high)
+    mask_N = torch.ones(sequences, dtype=torch.bool, device=advantage_N.device)
+    if sequence_mask_threshold is not None:
+        mask_N = off_policy_sequence_mask(logprob_R, old_logprob_R, sequence_R, advantage_N, sequence_mask_threshold)
+    if kl_estimator == "unbiased":
+        kl_R = unbiased_kl(logprob_R, old_logprob_R, reference_logprob_R)
+    else:
+        kl_R = biased_kl(logprob_R, reference_logprob_R)
+    weight_R = kl_weight[sequence_R] if isinstance(kl_weight, torch.Tensor) else kl_weight
+    objective_N = sequence_mean(policy_R * mask_N[sequence_R] - weight_R * kl_R, sequence_R, sequences)
     loss = -objective_N.sum() / total_sequences
     with torch.no_grad():
-        clipped_R = ((advantage_R > 0) & (ratio_R > 1 + clip_high)) | ((advantage_R < 0) & (ratio_R < 1 - clip_low))
+        raised_R = (advantage_R > 0) & (step_ratio_R > 1 + clip_high)
+        lowered_R = (advantage_R < 0) & (step_ratio_R < 1 - clip_low)
         return Objective(
             loss=loss,
             kl=float(kl_R.mean()),
             masked_share=float((~mask_N).float().mean()),
-            clipped_share=float(clipped_R.float().mean()),
+            clipped_share=float((raised_R | lowered_R).float().mean()),
             ratio_max=float(ratio_R.max()),
+            ratio_mean=float(ratio_R.mean()),
         )
+
+
+def rft_loss(
+    logprob_R: torch.Tensor,
+    old_logprob_R: torch.Tensor,
+    reference_logprob_R: torch.Tensor,
+    sequence_R: torch.Tensor,
+    passed_N: torch.Tensor,
+    *,
+    total_sequences: int,
+) -> Objective:
+    """Rejection-sampling fine-tuning: minus the mean log-probability of each passed sequence, over `total_sequences`.
+
+    No clip, no mask, no KL: the KL to the reference is only logged.
+    """
+    sequences = passed_N.shape[0]
+    loss = -(sequence_mean(logprob_R, sequence_R, sequences) * passed_N).sum() / total_sequences
+    with torch.no_grad():
+        ratio_R = (logprob_R - old_logprob_R).exp()
+        kl_R = unbiased_kl(logprob_R, old_logprob_R, reference_logprob_R)
+        return Objective(loss, float(kl_R.mean()), 0.0, 0.0, float(ratio_R.max()), float(ratio_R.mean()))

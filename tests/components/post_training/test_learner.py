@@ -73,8 +73,8 @@ def test_a_record_that_does_not_fit_is_refused(model):
 
 
 def test_micro_batches_hold_every_trajectory_once(model):
-    done = trajectories(model, 1.0)
-    parts = list(micro_batches(done, list(range(len(done))), 60))
-    assert sorted(a for _, advantages in parts for a in advantages) == list(range(len(done)))
-    assert all(sum(map(len, part)) <= 60 or len(part) == 1 for part, _ in parts)
+    lengths = [len(t) for t in trajectories(model, 1.0)]
+    parts = list(micro_batches(lengths, 60))
+    assert sorted(index for part in parts for index in part) == list(range(len(lengths)))
+    assert all(sum(lengths[index] for index in part) <= 60 or len(part) == 1 for part in parts)
     assert len(parts) > 1

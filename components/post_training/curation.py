@@ -1,0 +1,64 @@
+"""Which tasks are played: prompts balanced over the families, each task once before any is played again."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from components.runtime.contracts import TaskRecord
+
+
+@dataclass(frozen=True)
+class PromptGroup:
+    """A task to be played once for each seed. `id` counts the groups of a run."""
+
+    id: int
+    task: TaskRecord
+    seeds: tuple[int, ...]
+
+
+class PromptSampler:
+    """An endless, seeded stream of prompt groups. Families take turns, in an order drawn anew each round."""
+
+    def __init__(self, tasks: Sequence[TaskRecord], group_size: int, seed: str) -> None:
+        if not tasks:
+            raise ValueError("there are no tasks to sample from")
+        self._seed, self._group_size = seed, group_size
+        self._rng = random.Random(f"{seed}/prompts")
+        self._tasks = by_family(tasks)
+        self._left: dict[str, deque[TaskRecord]] = {family: deque() for family in self._tasks}
+        self._round: deque[str] = deque()
+        self._next = 0
+
+    def take(self, count: int) -> list[PromptGroup]:
+        """The next `count` groups."""
+        return [self._group() for _ in range(count)]
+
+    def _group(self) -> PromptGroup:
+        if not self._round:
+            order = sorted(self._tasks)
+            self._rng.shuffle(order)
+            self._round.extend(order)
+        family = self._round.popleft()
+        if not self._left[family]:
+            tasks = list(self._tasks[family])
+            self._rng.shuffle(tasks)
+            self._left[family].extend(tasks)
+        identity, self._next = self._next, self._next + 1
+        # a group's seeds depend on its number alone, so that no schedule changes what an episode draws
+        rng = random.Random(f"{self._seed}/group/{identity}")
+        seeds = tuple(rng.getrandbits(62) for _ in range(self._group_size))
+        return PromptGroup(identity, self._left[family].popleft(), seeds)
+
+
+def by_family(tasks: Sequence[TaskRecord]) -> dict[str, list[TaskRecord]]:
+    """Tasks of each environment, environments in alphabetical order."""
+    families = sorted({task.environment for task in tasks})
+    return {family: [task for task in tasks if task.environment == family] for family in families}
+
+
+def balanced(tasks: Sequence[TaskRecord], per_family: int) -> list[TaskRecord]:
+    """The first `per_family` tasks of each environment, or all where there are fewer."""
+    return [task for family in by_family(tasks).values() for task in family[:per_family]]
