@@ -92,7 +92,26 @@ class PostTrainingConfig(BaseModel):
     max_sequences: int = Field(0, ge=0, description="rollouts that an engine plays at once; 0 = a whole batch")
     cache_tokens: int = Field(262_144, ge=1, description="tokens of the key-value cache of an engine, at most")
     rollout_dtype: Literal["float32", "bfloat16"] = Field("float32", description="number format of the rollout engine")
-    threads: int = Field(0, ge=0, description="CPU threads of torch, per process; 0 = all cores of the process")
+    threads: int = Field(0, ge=0, description="CPU threads of the learner; 0 = all cores of the process")
+    schedule: Literal["synchronous", "one_step_off", "asynchronous"] = Field(
+        "synchronous",
+        description="synchronous: a batch is played with the newest weights; one_step_off: the next batch is played "
+        "while the learner trains on this one; asynchronous: workers play on, within the bound on staleness",
+    )
+    staleness: int = Field(
+        2, ge=0, description="asynchronous: weight versions (rollout batches) that a trained token may be old, at most"
+    )
+    groups_in_flight: int = Field(
+        0, ge=0, description="asynchronous: groups issued and not yet trained, at most; 0 = prompts * (staleness + 1)"
+    )
+    rollout_workers: int = Field(0, ge=0, description="Ray actors that play; 0 = this process (synchronous only)")
+    worker_threads: int = Field(1, ge=1, description="CPU threads of a rollout worker")
+    environment_workers: int = Field(
+        0, ge=0, description="Ray actors of each rollout worker in which its environments run; 0 = in the worker itself"
+    )
+    environment_seconds: float = Field(
+        60.0, gt=0, description="time that an environment worker may take for one call, before its episodes are faulty"
+    )
 
     @field_validator("kl_weights")
     @classmethod
@@ -102,7 +121,11 @@ class PostTrainingConfig(BaseModel):
         return values
 
     @model_validator(mode="after")
-    def _known_families(self) -> PostTrainingConfig:
+    def _consistent(self) -> PostTrainingConfig:
+        if self.rollout_workers == 0 and self.schedule != "synchronous":
+            raise ValueError(f"the schedule {self.schedule} needs rollout_workers of at least 1")
+        if self.rollout_workers == 0 and self.environment_workers:
+            raise ValueError("environment_workers needs rollout_workers of at least 1")
         unknown = set(self.kl_weights) - set(self.families) if self.families else set()
         if unknown:
             raise ValueError(f"kl_weights names {', '.join(sorted(unknown))}, which families leaves out")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -19,9 +20,9 @@ from components.environments.chat_format import UNKNOWN
 from components.environments.protocol import Environment, environment
 from components.post_training.config import PostTrainingConfig
 from components.post_training.curation import PromptSampler, balanced, by_family
-from components.post_training.flow import Batch, Flow
+from components.post_training.flow import Flow
 from components.post_training.ledger import Ledger
-from components.post_training.schedule import LocalPool, Pool, synchronous
+from components.post_training.schedule import SCHEDULES, LocalPool, Pool
 from components.post_training.trainer import Learner
 from components.post_training.training import train
 from components.post_training.worker import RolloutWorker
@@ -49,11 +50,11 @@ def run(config: PostTrainingConfig, context: StageContext, inputs: dict[str, Poi
     ledger_path = context.work_dir / "ledger.jsonl"
     ledger_path.unlink(missing_ok=True)
     ledger = Ledger(ledger_path)
-    sampler = PromptSampler(tasks, config.group_size, f"{context.seed}/post_training")
-    flow = Flow(config, sampler, ledger)
+    flow = Flow(config, PromptSampler(tasks, config.group_size, f"{context.seed}/post_training"), ledger)
     try:
-        pool, batches = in_process(config, worker, flow, learner)
-        summary = train(config, context, learner, flow, pool, batches, worker, validation)
+        with open_pool(config, context.work_dir / "ray", worker, tokenizer, environments, longest) as pool:
+            batches = SCHEDULES[config.schedule](config, pool, flow, lambda: learner.version)
+            summary = train(config, context, learner, flow, pool, batches, worker, validation)
     except BaseException as error:
         ledger.close(f"stopped: {type(error).__name__}")
         raise
@@ -67,12 +68,25 @@ def run(config: PostTrainingConfig, context: StageContext, inputs: dict[str, Poi
     return StageResult({"checkpoint": pointer}, summary)
 
 
-def in_process(
-    config: PostTrainingConfig, worker: RolloutWorker, flow: Flow, learner: Learner
-) -> tuple[Pool, Iterator[Batch]]:
-    """The synchronous schedule in this process: the worker's engine reads the learner's own weights."""
-    pool = LocalPool(worker)
-    return pool, synchronous(config, pool, flow, lambda: learner.version)
+@contextmanager
+def open_pool(
+    config: PostTrainingConfig,
+    directory: Path,
+    worker: RolloutWorker,
+    tokenizer: Tokenizer,
+    environments: dict[str, Environment],
+    sequence_tokens: int,
+) -> Iterator[Pool]:
+    """Who plays the prompts: `worker`, whose engine reads the learner's own weights, or Ray actors."""
+    if config.rollout_workers == 0:
+        yield LocalPool(worker)
+        return
+    from components.post_training.ray_cluster import cluster, resources
+
+    with cluster(directory, resources(config)):
+        from components.post_training.ray_pool import RayPool
+
+        yield RayPool(config, worker.source, tokenizer, environments, sequence_tokens)
 
 
 def chosen_tasks(directory: Path, config: PostTrainingConfig) -> tuple[list[TaskRecord], list[TaskRecord]]:

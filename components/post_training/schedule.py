@@ -1,7 +1,13 @@
 """When prompts are issued and when the learner takes a batch.
 
 A schedule is a generator of batches. It is asked for the next one after the learner trained on the last and published
-its weights. `synchronous`: a batch is played whole with the newest weights.
+its weights; `version` then gives the number of those.
+
+- synchronous: a batch is played with the newest weights, while the learner waits.
+- one_step_off: the next batch is issued before this one is trained on, so that its tokens are one version old. Which
+  weights play what does not depend on timing.
+- asynchronous: groups are issued as long as few enough are under way, and trained on in the order in which they come
+  back; those with tokens that are too old are dropped.
 """
 
 from __future__ import annotations
@@ -57,11 +63,50 @@ def synchronous(config: PostTrainingConfig, pool: Pool, flow: Flow, version: Cal
         yield flow.batch(version())
 
 
+def one_step_off(config: PostTrainingConfig, pool: Pool, flow: Flow, version: Callable[[], int]) -> Iterator[Batch]:
+    """Hand over a batch while the next is played."""
+    pool.submit(flow.issue(config.prompts, version()))
+    for step in range(config.steps):
+        gather(config, pool, flow, version())
+        batch = flow.batch(version())
+        if step + 1 < config.steps:
+            pool.submit(flow.issue(config.prompts, version()))
+        yield batch
+
+
+def asynchronous(config: PostTrainingConfig, pool: Pool, flow: Flow, version: Callable[[], int]) -> Iterator[Batch]:
+    """Keep the workers busy; a batch is what came back.
+
+    It is complete with `prompts` groups to learn from, or when (1 + refills) * prompts groups came back.
+    """
+    limit = config.groups_in_flight or config.prompts * (config.staleness + 1)
+    out = 0
+    for step in range(config.steps):
+        while True:
+            flow.drop_older(version() - config.staleness)
+            # no more than the rest of the run can use
+            wanted = min(limit, config.prompts * (config.steps - step)) - out - len(flow.useful)
+            if wanted > 0:
+                pool.submit(flow.issue(wanted, version()))
+                out += wanted
+            if len(flow.useful) >= config.prompts or len(flow.played) >= config.prompts * (1 + config.refills):
+                break
+            played = pool.collect()
+            out -= len(played)
+            flow.accept(played)
+        yield flow.batch(version())
+
+
+SCHEDULES = {"synchronous": synchronous, "one_step_off": one_step_off, "asynchronous": asynchronous}
+
+
 def gather(config: PostTrainingConfig, pool: Pool, flow: Flow, version: int) -> None:
     """Wait for all that is out; then new prompts take the place of groups that teach nothing, for some rounds."""
     for round_ in range(config.refills + 1):
-        while played := pool.collect():
-            flow.accept(played)
+        played: list[PlayedGroup] = []
+        while more := pool.collect():
+            played += more
+        flow.accept(played)
         missing = config.prompts - len(flow.useful)
         if missing <= 0 or round_ == config.refills:
             return

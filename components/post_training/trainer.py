@@ -41,7 +41,7 @@ def advantages(group: PlayedGroup, length_penalty: float) -> list[float]:
 
 
 class Learner:
-    """`model` is changed in place; `version` counts the rollout batches that it learned from."""
+    """`model` is changed in place; `version` counts the rollout batches that changed it."""
 
     def __init__(self, config: PostTrainingConfig, model: Transformer) -> None:
         self.config, self.model, self.version = config, model, 0
@@ -70,9 +70,9 @@ class Learner:
             for samples in parts:
                 self.record_proximal(samples)
         updates = [self.update(samples) for samples in parts]
-        self.version += 1
         if not updates:
             return {}
+        self.version += 1
         values = {key: sum(update[key] for update in updates) / len(updates) for key in updates[0]}
         values["ratio_max"] = max(update["ratio_max"] for update in updates)
         # only before the first update can engine and learner hold the same weights

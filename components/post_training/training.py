@@ -62,13 +62,15 @@ def train(
             context.progress.note(f"stopped: {error}; the best weights so far are kept")
             break
         flow.trained(batch, step)
-        pool.publish(learner.version)
-        validator.load(learner.version)
+        if learned:
+            pool.publish(learner.version)
+            validator.load(learner.version)
         values |= {f"rl/{name}": learned.get(name, 0.0) for name in LEARNED}
         values |= {"rl/rollout_seconds": rollout_seconds, "rl/update_seconds": time.monotonic() - started}
         rollouts += sum(len(group.episodes) for group in batch.played)
         trained_rollouts += int(values["rl/trained_rollouts"])
-        gap_max = max(gap_max, values["rl/logprob_gap"])
+        if not any(batch.staleness):
+            gap_max = max(gap_max, values["rl/logprob_gap"])
         staleness_max = max([staleness_max, *batch.staleness])
         if learned:
             signs.append(StepSigns(values["rl/reward"], learned["entropy"], learned["kl"]))

@@ -1,0 +1,70 @@
+"""A Ray cluster on this machine that ends with the process that started it, however that ends.
+
+    python -m components.post_training.ray_head TEMPORARY_DIRECTORY CPUS OBJECT_STORE_BYTES
+
+Prints the cluster's address on one line of standard output, then waits until its standard input ends (the kernel closes
+it with the parent, also after SIGKILL), ends everything that Ray started, and removes the directory's short name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+PR_SET_CHILD_SUBREAPER = 36
+
+
+def main() -> None:
+    directory, cpus, store_bytes = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    # orphans of Ray's processes become our children, so that none is out of reach at the end
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ray puts sockets below the directory, whose paths may have 107 bytes: it is given a short name
+    short = Path(tempfile.mkdtemp(prefix="ray-"))
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        (short / "r").symlink_to(directory.resolve(), target_is_directory=True)
+        import ray
+
+        started: Any = ray.init(
+            num_cpus=cpus,
+            num_gpus=0,
+            _node_ip_address="127.0.0.1",
+            include_dashboard=False,
+            object_store_memory=store_bytes,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _temp_dir=str(short / "r"),
+        )
+        print(started.address_info["gcs_address"], flush=True)
+        sys.stdin.read()
+    finally:
+        end_children()
+        shutil.rmtree(short, ignore_errors=True)
+        os._exit(0)
+
+
+def end_children(seconds: float = 3.0) -> None:
+    """Kill all descendants, and those that they still start meanwhile."""
+    deadline = time.monotonic() + seconds
+    while (children := psutil.Process().children(recursive=True)) and time.monotonic() < deadline:
+        for child in children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+        psutil.wait_procs(children, timeout=0.2)
+
+
+if __name__ == "__main__":
+    main()
