@@ -25,4 +25,5 @@ def pretraining(
         inputs={"tasks": tasks, "base": base_checkpoint},
         outputs={"checkpoint": checkpoint},
         summary=summary,
+        code=code,
     )

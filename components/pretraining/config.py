@@ -43,4 +43,5 @@ class PretrainingConfig(BaseModel):
     gradient_clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
     router_bias_speed: float = Field(1e-3, ge=0, description="step of the router bias that balances expert load")
     validation_every: int = Field(100, ge=1, description="steps between validations")
+    state_seconds: float = Field(20.0, ge=0, description="seconds between two saves of the training state")
     threads: int = Field(0, ge=0, description="CPU threads of torch; 0 = all cores of the process")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -78,13 +79,31 @@ class Stream:
         self.examples, self.tokens, self.generator = sorted(examples, key=_length), tokens, generator
         self._parts: list[list[Example]] = []
         self._share = 0.0
+        self._epoch_start = generator.get_state()
+        self._taken = 0
 
     def next(self, share: float = 1.0) -> Batch:
         """The next batch, drawn from the shortest `share` (0, 1] of the examples."""
         if not self._parts or share > self._share:
-            self._share = share
-            self._parts = self._epoch(self.examples[: max(1, round(share * len(self.examples)))])
+            self._begin_epoch(share)
+        self._taken += 1
         return pack(self._parts.pop())
+
+    def _begin_epoch(self, share: float) -> None:
+        self._share, self._taken, self._epoch_start = share, 0, self.generator.get_state()
+        self._parts = self._epoch(self.examples[: max(1, round(share * len(self.examples)))])
+
+    def state(self) -> dict[str, Any]:
+        """Where the stream is: enough to draw the same batches from here on (see `load_state`)."""
+        return {"share": self._share, "taken": self._taken, "epoch_start": self._epoch_start}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go to where `state` was taken. The generator is left as it was after that epoch was shuffled."""
+        if state["share"]:
+            self.generator.set_state(state["epoch_start"])
+            self._begin_epoch(state["share"])
+            del self._parts[len(self._parts) - state["taken"] :]
+            self._taken = state["taken"]
 
     def _epoch(self, examples: Sequence[Example]) -> list[list[Example]]:
         order = torch.randperm(len(examples), generator=self.generator).tolist()

@@ -32,6 +32,7 @@ from components.pretraining.data import (
 )
 from components.pretraining.episode import play_one
 from components.pretraining.optimizers import curriculum_share, learning_rate_share, optimizers_of
+from components.pretraining.resume import PHASES, Resume
 from components.runtime.contracts import Pointer, TaskRecord
 from components.runtime.errors import InputError
 from components.runtime.stage import StageContext, StageResult
@@ -77,10 +78,10 @@ def run(config: PretrainingConfig, context: StageContext, inputs: dict[str, Poin
     parameters = sum(parameter.numel() for parameter in model.parameters())
     context.tracker.parameters({"model_parameters": parameters})
     summary: dict[str, float] = {"parameters": parameters}
-    if "base" not in inputs:
-        train_phase("dense", config.dense, config, model, corpus, context)
-    train_phase("warmup", config.warmup, config, model, corpus, context)
-    train_phase("sparse", config.sparse, config, model, corpus, context)
+    resume = Resume(context, context.identity(config, inputs), config.state_seconds)
+    for name in PHASES:
+        if (name != "dense" or "base" not in inputs) and not resume.is_past(name):
+            train_phase(name, getattr(config, name), config, model, corpus, context, resume)
     for mode in ("dense", "sparse"):
         losses = validate(model, corpus, mode)
         summary.update({f"{mode}_{name}": value for name, value in losses.items()})
@@ -89,6 +90,7 @@ def run(config: PretrainingConfig, context: StageContext, inputs: dict[str, Poin
     save_tokenizer(tokenizer, checkpoint, chat_template=CHAT_TEMPLATE, bos=BOS, eos=END, pad=PAD, unknown=UNKNOWN)
     parents = [inputs[name] for name in ("tasks", "base") if name in inputs]
     pointer = context.publish("checkpoint", checkpoint, parents=parents, facts=summary)
+    resume.finish()
     return StageResult({"checkpoint": pointer}, summary)
 
 
@@ -131,22 +133,29 @@ MODES: dict[str, tuple[Selection, IndexerLoss]] = {
 
 
 def train_phase(
-    name: str, phase: PhaseConfig, config: PretrainingConfig, model: Transformer, corpus: Corpus, context: StageContext
+    name: str,
+    phase: PhaseConfig,
+    config: PretrainingConfig,
+    model: Transformer,
+    corpus: Corpus,
+    context: StageContext,
+    resume: Resume,
 ) -> None:
-    """Run one phase; `model` is changed in place. Curves are logged as `<phase>/<loss>`."""
+    """Run one phase, or the rest of it; `model` is changed in place. Curves are logged as `<phase>/<loss>`."""
     if phase.steps == 0:
         return
     context.progress.phase(name)
     model.train()
     model.attention_mode, indexer_loss = MODES[name]
     optimizers = optimizers_of(name, phase, config, model)
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    trained = [parameter for group in groups for parameter in group["params"]]
     generator = torch.Generator().manual_seed(random.Random(f"{context.seed}/{name}").getrandbits(62))
     streams = {"demonstrations": Stream(corpus.demonstrations, phase.demonstration_tokens, generator)}
     if phase.document_tokens:
         streams["documents"] = Stream(corpus.documents, phase.document_tokens, generator)
-    for step in range(phase.steps):
+    start = resume.load(name, model, optimizers, generator, streams)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    trained = [parameter for group in groups for parameter in group["params"]]
+    for step in range(start, phase.steps):
         for group in groups:
             group["lr"] = group["peak"] * learning_rate_share(step, phase)
         values: dict[str, float] = {}
@@ -177,6 +186,7 @@ def train_phase(
             context.tracker.metrics(values, step)
         shown = {key.split("/")[1]: value for key, value in values.items() if key.endswith(("_loss", "_kl"))}
         context.progress.update(step + 1, phase.steps, shown)
+        resume.save_if_due(name, step + 1, model, optimizers, generator, streams)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     model.eval()

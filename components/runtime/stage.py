@@ -49,6 +49,17 @@ class StageContext:
     tracker: Tracker
     progress: Progress
     run: dict[str, str] = field(default_factory=dict)  # run ids for manifests: sparseline, mlflow, kfp
+    code: str = ""  # digest of the stage's sources, where a pipeline gives it
+
+    def identity(self, config: BaseModel, inputs: Mapping[str, Pointer]) -> dict[str, Any]:
+        """All that the stage's result follows from, whichever run it is made in."""
+        return {
+            "stage": self.stage,
+            "seed": self.seed,
+            "code": self.code,
+            "config": config.model_dump(mode="json"),
+            "inputs": {name: pointer.sha256 for name, pointer in sorted(inputs.items())},
+        }
 
     def publish(
         self,
@@ -121,6 +132,7 @@ def execute(
     config: str | None = None,
     echo: bool = True,
     where: str = "the configuration",
+    code: str = "",
 ) -> StageResult:
     """Run one stage and keep its records in `<runs>/<run id>/stages/<stage>`.
 
@@ -142,7 +154,7 @@ def execute(
             function: StageFunction = _load(run_reference)
             ids = {"mlflow": settings.mlflow_run_id} if settings.mlflow_run_id else {}
             context = StageContext(
-                stage, settings.run_id, seed, directory / "work", settings.open_store(), tracker, progress, ids
+                stage, settings.run_id, seed, directory / "work", settings.open_store(), tracker, progress, ids, code
             )
             tracker.parameters({"seed": seed, **parsed.model_dump(mode="json")})
             if not settings.mirrored:
@@ -207,13 +219,14 @@ def run_component(
     *,
     run: str | None = None,
     config_class: str | None = None,
+    code: str = "",
 ) -> StageResult:
     """The body of a KFP component.
 
     `config` is JSON; `inputs` maps names to KFP artifacts (or to a pointer's JSON, or "" for none); `outputs` maps the
     names in `StageResult.outputs` to KFP output artifacts; `summary` is the KFP Metrics artifact of the key numbers.
-    `run` and `config_class` ("module:name") are for stages that do not follow the naming convention. A failure ends
-    the process with the exit code of its kind.
+    `code` is the digest of the stage's sources. `run` and `config_class` ("module:name") are for stages that do not
+    follow the naming convention. A failure ends the process with the exit code of its kind.
     """
     _stop_on_sigterm()
     die_with_owner()
@@ -231,6 +244,7 @@ def run_component(
             config=config_class,
             echo=not settings.mirrored,
             where=f"the configuration of {stage}",
+            code=code,
         )
     except BaseException as error:
         _report(error, stage)

@@ -42,6 +42,17 @@ class Tracker:
             ]
             self._metrics.write("".join(line + "\n" for line in lines))
 
+    def history(self) -> str:
+        """All points so far, to be kept with a training state."""
+        return (self.directory / METRICS).read_text() if self.directory else ""
+
+    def restore(self, history: str) -> None:
+        """Begin with the points of an earlier try that was stopped; its seconds count on."""
+        lines = history.splitlines()
+        if self._metrics and lines:
+            self._metrics.write("".join(line + "\n" for line in lines))
+            self._start = time.monotonic() - json.loads(lines[-1])["seconds"]
+
     def _event(self, kind: str, **fields: Any) -> None:
         if self._events:
             self._events.write(json.dumps({"kind": kind, **fields}) + "\n")
