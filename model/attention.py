@@ -85,7 +85,9 @@ class LatentAttention(nn.Module):
                 loss = loss_sum / queries
             out = dense_attention(q_THD, kv_SD, context.key_start_T, context.key_end_T, self.scale, value_dim)[0]
             return out, loss
-        if index and selection == "sparse":
+        if context.kept_selections is not None and selection == "sparse":
+            rows_TK = context.rows_of(context.kept_selections[self.layer])
+        elif index and selection == "sparse":
             index_q_THD, index_k_SD, weight_TH = (tensor.detach() for tensor in index)
             rows_TK = context.select(self.layer, index_q_THD, index_k_SD, weight_TH, self.config.index_topk)
         else:

@@ -27,6 +27,7 @@ class Context:
     position_T: int64, position of each new token in its sequence.
     indexer_loss: which loss of the lightning indexer the forward computes ("dense": Eq. 3, "sparse": Eq. 4).
     kept_routing: per MoE layer the expert ids [T, K] to use (Keep Routing), or None to let the router choose.
+    kept_selections: per layer the positions [T, K] to attend to, -1 for none, or None to let the indexer select.
     """
 
     position_T: torch.Tensor
@@ -34,6 +35,7 @@ class Context:
     record_selections: bool = False
     record_routing: bool = False
     kept_routing: list[torch.Tensor] | None = None
+    kept_selections: list[torch.Tensor] | None = None
     checkpoint_layers: bool = False
     random_seed: int = 0
     selections: list[torch.Tensor] = field(default_factory=list)
@@ -53,6 +55,10 @@ class Context:
 
     def rows_of(self, positions_TK: torch.Tensor) -> torch.Tensor:
         """Key rows (int32) of positions of the query's own sequence; -1 stays -1."""
+        raise NotImplementedError
+
+    def positions_of(self, rows_TK: torch.Tensor) -> torch.Tensor:
+        """The inverse of `rows_of`: positions (int32) of selected key rows; -1 stays -1."""
         raise NotImplementedError
 
     def fixed_rows(self, kind: Selection, layer: int, k: int) -> torch.Tensor:
@@ -107,6 +113,9 @@ class PackedContext(Context):
     def rows_of(self, positions_TK: torch.Tensor) -> torch.Tensor:
         return torch.where(positions_TK >= 0, positions_TK + self.key_start_T[:, None], -1).to(torch.int32)
 
+    def positions_of(self, rows_TK: torch.Tensor) -> torch.Tensor:
+        return torch.where(rows_TK >= 0, rows_TK - self.key_start_T[:, None], -1).to(torch.int32)
+
 
 @dataclass
 class PagedContext(Context):
@@ -148,3 +157,10 @@ class PagedContext(Context):
         page_TK = positions_TK.clamp(min=0) // self.page_size
         rows_TK = self.page_table_NP[self.sequence_T[:, None], page_TK].long() * self.page_size
         return torch.where(positions_TK >= 0, rows_TK + positions_TK % self.page_size, -1).to(torch.int32)
+
+    def positions_of(self, rows_TK: torch.Tensor) -> torch.Tensor:
+        table_TP = self.page_table_NP[self.sequence_T]
+        page_TK = rows_TK.clamp(min=0) // self.page_size
+        # the first column that names the page: behind a sequence's own pages the table may name any
+        column_TK = (table_TP[:, None, :] == page_TK[:, :, None]).int().argmax(dim=-1)
+        return torch.where(rows_TK >= 0, column_TK * self.page_size + rows_TK % self.page_size, -1).to(torch.int32)

@@ -1,7 +1,8 @@
 """Trajectories -> log-probabilities: packs what the engine recorded, and makes the network keep its choices.
 
-Keep Routing: the experts that the rollout used are used again. Keep Sampling Mask: what top-p cut away is cut away from
-the learner's distribution too. Shape suffixes: T packed tokens, R sampled tokens, V vocabulary, K experts per token.
+Keep Routing: the experts that the rollout used are used again. Keep Selection: so are the keys that its lightning
+indexer selected. Keep Sampling Mask: what top-p cut away is cut away from the learner's distribution too.
+Shape suffixes: T packed tokens, R sampled tokens, V vocabulary, K experts per token.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ class RolloutBatch:
     sequence_R: torch.Tensor
     advantage_N: torch.Tensor
     routing: list[torch.Tensor] | None
+    selections: list[torch.Tensor] | None
     kept_RV: torch.Tensor | None
     temperature: float
 
@@ -38,6 +40,7 @@ def pack_trajectories(
     *,
     keep_routing: bool,
     keep_sampling_masks: bool = True,
+    keep_selection: bool = False,
 ) -> RolloutBatch:
     """Raises ValueError when a trajectory's record does not cover its tokens, or temperatures differ."""
     temperatures = {trajectory.temperature for trajectory in trajectories}
@@ -59,6 +62,9 @@ def pack_trajectories(
     if keep_routing and trajectories[0].routing.shape[0]:
         layers = trajectories[0].routing.shape[0]
         routing = [torch.cat([t.routing[layer] for t in trajectories]).long() for layer in range(layers)]
+    selections = None
+    if keep_selection:
+        selections = _selections(trajectories)
     cut = keep_sampling_masks and any(trajectory.sampling_masks is not None for trajectory in trajectories)
     return RolloutBatch(
         inputs_T=torch.cat([t.token_ids[:-1] for t in trajectories]),
@@ -69,9 +75,19 @@ def pack_trajectories(
         sequence_R=torch.cat(sequence),
         advantage_N=torch.tensor(list(advantages)),
         routing=routing,
+        selections=selections,
         kept_RV=torch.cat(kept) if cut else None,
         temperature=temperatures.pop(),
     )
+
+
+def _selections(trajectories: Sequence[Trajectory]) -> list[torch.Tensor]:
+    """Per layer the selected positions [T, K] of all trajectories' fed tokens."""
+    found = [trajectory.selections for trajectory in trajectories]
+    recorded = [selection for selection in found if selection is not None]
+    if len(recorded) != len(found):
+        raise ValueError("keep_selection needs trajectories of an engine with record_selections")
+    return list(torch.cat(recorded, dim=1).unbind(0))
 
 
 def _kept_mask(trajectory: Trajectory, sampled: int, vocabulary: int) -> torch.Tensor:
@@ -87,11 +103,12 @@ def _kept_mask(trajectory: Trajectory, sampled: int, vocabulary: int) -> torch.T
 
 
 def logprobs(
-    model: Transformer, batch: RolloutBatch, *, keep_routing: bool = True
+    model: Transformer, batch: RolloutBatch, *, keep_routing: bool = True, keep_selection: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability [R] of each sampled token under `model`, and the entropy [R] of its distribution (detached)."""
     context = PackedContext.from_lengths(batch.lengths)
     context.kept_routing = batch.routing if keep_routing else None
+    context.kept_selections = batch.selections if keep_selection else None
     hidden_TC = model.hidden(batch.inputs_T, context)
     logits_RV = model.lm_head(hidden_TC[batch.rows_R]).float() / batch.temperature
     if batch.kept_RV is not None:

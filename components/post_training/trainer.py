@@ -118,7 +118,7 @@ class Learner:
             part = [samples[index] for index in indices]
             batch = self._pack(part)
             with torch.no_grad():
-                reference_R, _ = logprobs(self.reference, batch, keep_routing=False)
+                reference_R, _ = logprobs(self.reference, batch, keep_routing=False, keep_selection=False)
             logprob_R, entropy_R = logprobs(self.model, batch, keep_routing=config.keep_routing)
             objective = self._objective(part, batch, logprob_R, reference_R, len(samples))
             objective.loss.backward()
@@ -147,6 +147,7 @@ class Learner:
             self.model.config.vocab_size,
             keep_routing=self.config.keep_routing,
             keep_sampling_masks=self.config.keep_sampling_masks,
+            keep_selection=self.config.keep_selection,
         )
 
     def _objective(

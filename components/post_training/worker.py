@@ -63,6 +63,7 @@ class RolloutWorker:
             stop_token_id=stop,
             max_sequences=sequences,
             max_sequence_tokens=sequence_tokens,
+            record_selections=config.keep_selection,
             cache_tokens=min(sequences * sequence_tokens, max(config.cache_tokens, sequence_tokens)),
         )
         sampling = SamplingParameters(config.temperature, config.top_p, max_new_tokens=config.turn_tokens)

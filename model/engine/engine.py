@@ -54,7 +54,8 @@ class Engine:
     """max_sequences run at once, each at most max_sequence_tokens long; more are queued.
 
     cache_tokens bounds the cache (default: room for max_sequences full sequences); step_tokens bounds what one forward
-    is fed, so that a long prompt is prefilled in pieces between other sequences' tokens.
+    is fed, so that a long prompt is prefilled in pieces between other sequences' tokens. record_selections keeps what
+    the lightning indexer selected for every token, 4 bytes per token, layer and key.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Engine:
         cache_tokens: int | None = None,
         step_tokens: int = 8192,
         record: bool = True,
+        record_selections: bool = False,
         weight_version: int = 0,
     ) -> None:
         self.model, self.stop_token_id, self.page_size = model, stop_token_id, page_size
@@ -95,6 +97,9 @@ class Engine:
         self._versions = torch.full(size, -1, dtype=torch.int64)
         moe_layers = len(model.routers())
         self._routing = torch.zeros(*size, moe_layers, config.num_experts_per_tok, dtype=torch.int16)
+        self._selections: torch.Tensor | None = None
+        if record_selections:
+            self._selections = torch.full((*size, config.num_hidden_layers, config.index_topk), -1, dtype=torch.int32)
         self._sequences: dict[int, _Sequence] = {}
         self._queue: deque[int] = deque()
         self._handles = itertools.count()
@@ -141,6 +146,7 @@ class Engine:
         """End a sequence (running or not), free its pages, return what it produced."""
         sequence = self._sequences.pop(handle)
         length, slot = len(sequence.token_ids), sequence.slot
+        selections = None
         if slot < 0:
             self._queue.remove(handle)
             slot_records = slice(0, 0)
@@ -150,7 +156,10 @@ class Engine:
         else:
             sampled = self._sampled[slot, :length].clone()
             logprobs, versions = self._logprobs[slot, :length].clone(), self._versions[slot, :length].clone()
-            routing = self._routing[slot, : sequence.fed].permute(1, 0, 2).contiguous()
+            # clone, as contiguous() would give a view of one layer's record, which the slot's next sequence overwrites
+            routing = self._routing[slot, : sequence.fed].permute(1, 0, 2).clone()
+            if self._selections is not None:
+                selections = self._selections[slot, : sequence.fed].permute(1, 0, 2).clone()
             self._free_pages.extend(reversed(sequence.pages))
             self._free_slots.append(slot)
         return Trajectory(
@@ -162,6 +171,7 @@ class Engine:
             sampling_masks=sequence.masks or None,
             temperature=sequence.sampling.temperature,
             finish_reason=sequence.finish_reason,
+            selections=selections,
         )
 
     def written(self, handle: int) -> tuple[list[int], list[float], str | None]:
@@ -237,11 +247,18 @@ class Engine:
             page_table_NP=self._page_table[slots, :pages_in_use].to(self.device),
             sequence_T=sequence_T.to(self.device),
             record_routing=self.record,
+            record_selections=self._selections is not None,
         )
         hidden_TC = self.model.hidden(ids_T, context)
         if self.record and context.routing:
             experts = torch.stack(context.routing, dim=1).to("cpu", torch.int16)
             self._routing[slots[sequence_T], position_T] = experts
+        if self._selections is not None:
+            # a step of short sequences selects fewer keys than index_topk
+            self._selections[slots[sequence_T], position_T] = -1
+            for layer, rows_TK in enumerate(context.selections):
+                positions_TK = context.positions_of(rows_TK).cpu()
+                self._selections[slots[sequence_T], position_T, layer, : positions_TK.shape[1]] = positions_TK
         complete, last_rows = [], []
         for (sequence, count), end in zip(fed, counts.cumsum(0).tolist(), strict=True):
             sequence.fed += count

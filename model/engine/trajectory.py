@@ -18,6 +18,8 @@ class Trajectory:
     weight_versions: int64 [L], version of the weights that sampled the token; -1 elsewhere.
     routing: int16 [MoE layers, fed, experts per token], expert ids of every token that went through the network; the
         last sampled token never does, so fed = L - 1.
+    selections: int32 [layers, fed, index_topk], positions that each fed token attended to, -1 behind the last; None
+        when they were not recorded.
     sampling_masks: for each sampled token, in order, the int32 ids that top-p kept; None when nothing was cut.
     """
 
@@ -29,6 +31,7 @@ class Trajectory:
     sampling_masks: list[torch.Tensor] | None
     temperature: float
     finish_reason: str
+    selections: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return self.token_ids.shape[0]

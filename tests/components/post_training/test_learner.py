@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from components.post_training.learner import logprobs, micro_batches, pack_trajectories
-from model import ModelConfig, Transformer
+from model import ModelConfig, PackedContext, Transformer
 from model.engine import Engine, SamplingParameters
 
 
@@ -78,3 +78,59 @@ def test_micro_batches_hold_every_trajectory_once(model):
     assert sorted(index for part in parts for index in part) == list(range(len(lengths)))
     assert all(sum(lengths[index] for index in part) <= 60 or len(part) == 1 for part in parts)
     assert len(parts) > 1
+
+
+def recorded(model: Transformer, count: int = 7):
+    """Trajectories with what the indexer selected; several pages each, so that cache rows are not positions."""
+    engine = Engine(
+        model, stop_token_id=0, max_sequences=3, max_sequence_tokens=64, page_size=8, record_selections=True
+    )
+    for index in range(count):
+        engine.add(
+            list(range(1, 12 + 3 * index)), SamplingParameters(1.0, 1.0, max_new_tokens=5 + 3 * index, seed=index)
+        )
+    done = []
+    while engine.live:
+        done += [engine.release(turn.handle) for turn in engine.step()]
+    return done
+
+
+def test_engine_and_learner_select_the_same_keys_and_experts(model):
+    done = recorded(model)
+    batch = pack_trajectories(done, [0.0] * len(done), 50, keep_routing=True, keep_selection=True)
+    context = PackedContext.from_lengths(batch.lengths)
+    context.record_selections = context.record_routing = True
+    with torch.no_grad():
+        model.hidden(batch.inputs_T, context)
+    assert len(context.selections) == len(batch.selections) == model.config.num_hidden_layers
+    for own_TK, kept_TK in zip(context.selections, batch.selections, strict=True):
+        own_TK = context.positions_of(own_TK)
+        assert torch.equal(own_TK, kept_TK[:, : own_TK.shape[1]])
+        assert (kept_TK[:, own_TK.shape[1] :] == -1).all()
+    for own_TK, kept_TK in zip(context.routing, batch.routing, strict=True):
+        assert torch.equal(own_TK, kept_TK)
+
+
+def test_kept_selection_is_used(model):
+    done = recorded(model)
+    batch = pack_trajectories(done, [0.0] * len(done), 50, keep_routing=True, keep_selection=True)
+    with torch.no_grad():
+        kept, _ = logprobs(model, batch)
+        own, _ = logprobs(model, batch, keep_selection=False)
+        assert (kept - batch.old_logprob_R).abs().max() < 1e-4
+        assert (kept - own).abs().max() < 1e-5
+        # the first key alone, everywhere
+        batch.selections = [torch.where(torch.arange(s.shape[1]) == 0, 0, -1).expand_as(s) for s in batch.selections]
+        first, _ = logprobs(model, batch)
+    assert (kept - first).abs().max() > 1e-3
+
+
+def test_kept_selection_needs_a_record(model):
+    done = trajectories(model, 1.0)
+    with pytest.raises(ValueError, match="record_selections"):
+        pack_trajectories(done, [0.0] * len(done), 50, keep_routing=True, keep_selection=True)
+
+
+def test_a_learner_that_keeps_no_sampling_masks_sees_the_whole_vocabulary(model):
+    done = trajectories(model, 0.7)
+    assert pack_trajectories(done, [0.0] * len(done), 50, keep_routing=True, keep_sampling_masks=False).kept_RV is None

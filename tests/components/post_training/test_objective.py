@@ -6,11 +6,15 @@ import pytest
 import torch
 
 from components.post_training.objective import (
+    biased_kl,
     clipped_policy_term,
     group_advantages,
     grpo_loss,
+    length_penalised,
     off_policy_sequence_mask,
+    rft_loss,
     sequence_mean,
+    truncated_importance,
     unbiased_kl,
 )
 
@@ -121,3 +125,107 @@ def test_micro_batches_add_up():
         ).loss
     )
     assert whole.item() == pytest.approx(parts.item(), rel=1e-12)
+
+
+def loss_of(example_values, **options):
+    new, old, reference, sequence, advantage = example_values
+    return grpo_loss(new, old, reference, sequence, advantage, total_sequences=3, **{**OPTIONS, **options})
+
+
+def test_biased_kl_by_hand_and_its_gradient_is_not_that_of_the_kl():
+    # pi_ref / pi = 0.2, whatever pi_old is
+    got = biased_kl(torch.tensor([0.5]).log(), torch.tensor([0.1]).log())
+    assert got.item() == pytest.approx(0.2 - math.log(0.2) - 1, rel=1e-6)
+    generator = torch.Generator().manual_seed(0)
+    logits, reference = torch.randn(2, 7, dtype=torch.float64, generator=generator).unbind()
+    logits.requires_grad_(True)
+    logprob, reference_logprob = logits.log_softmax(-1), reference.log_softmax(-1)
+    # on-policy: the expectation of plain K3 over pi is the KL, the expectation of its gradient is not the KL's
+    (got,) = torch.autograd.grad((logprob.exp().detach() * biased_kl(logprob, reference_logprob)).sum(), logits)
+    logprob = logits.log_softmax(-1)
+    (want,) = torch.autograd.grad((logprob.exp() * (logprob - reference_logprob)).sum(), logits)
+    assert (got - want).abs().max() > 0.05
+
+
+def test_the_kl_estimator_is_a_choice():
+    values = example()
+    new, old, reference, sequence, _ = values
+    zero = (new, old, reference, sequence, torch.zeros(3, dtype=torch.float64))
+    for name, term in (
+        ("unbiased", unbiased_kl(new, old, reference)),
+        ("biased", biased_kl(new, reference)),
+    ):
+        want = 0.1 * sequence_mean(term, sequence, 3).sum() / 3
+        assert loss_of(zero, kl_estimator=name).loss.item() == pytest.approx(want.item(), rel=1e-12)
+
+
+def test_kl_weights_of_domains_add_up_sequence_by_sequence():
+    new, old, reference, sequence, _ = values = example()
+    weights = torch.tensor([0.0, 0.3, 0.02], dtype=torch.float64)
+    without = loss_of(values, kl_weight=0.0).loss
+    kl_N = sequence_mean(unbiased_kl(new, old, reference), sequence, 3)
+    want = without + (weights * kl_N).sum() / 3
+    assert loss_of(values, kl_weight=weights).loss.item() == pytest.approx(want.item(), rel=1e-12)
+    assert loss_of(values, kl_weight=torch.full((3,), 0.1)).loss.item() == pytest.approx(
+        loss_of(values).loss.item(), rel=1e-6
+    )
+
+
+def test_without_a_threshold_no_sequence_is_masked():
+    _, old, reference, sequence, _ = example()
+    drifted = (old - 1.0, old, reference, sequence, torch.tensor([-1.0, -1.0, 1.0], dtype=torch.float64))
+    assert loss_of(drifted).masked_share == pytest.approx(2 / 3)
+    assert loss_of(drifted, sequence_mask_threshold=None).masked_share == 0.0
+
+
+@pytest.mark.parametrize(
+    "proximal,engine,cap,expected", [(0.6, 0.3, 3.0, 2.0), (0.6, 0.1, 3.0, 3.0), (0.1, 0.4, 3.0, 0.25)]
+)
+def test_truncated_importance_by_hand(proximal, engine, cap, expected):
+    got = truncated_importance(torch.tensor([proximal]).log(), torch.tensor([engine]).log(), cap)
+    assert got.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_truncated_importance_by_hand_in_the_loss():
+    # one token, A = 1: pi = 0.55, before the update 0.5, engine 0.2: weight min(2.5, 2) = 2, ratio 1.1, not clipped
+    one = [torch.tensor([x], dtype=torch.float64).log() for x in (0.55, 0.2, 0.55)]
+    got = grpo_loss(
+        *one,
+        torch.tensor([0]),
+        torch.tensor([1.0], dtype=torch.float64),
+        total_sequences=1,
+        **{**OPTIONS, "kl_weight": 0.0},
+        proximal_logprob_R=torch.tensor([0.5], dtype=torch.float64).log(),
+        importance_cap=2.0,
+    )
+    assert got.loss.item() == pytest.approx(-2.2, rel=1e-9)
+    assert got.clipped_share == 0.0
+    with pytest.raises(ValueError, match="before the first update"):
+        loss_of(example(), importance_cap=2.0)
+
+
+def test_gradient_of_all_options_against_finite_differences():
+    new, old, reference, sequence, advantage = example()
+
+    def loss(x):
+        return loss_of(
+            (x, old, reference, sequence, advantage),
+            kl_weight=torch.tensor([0.1, 0.0, 0.3], dtype=torch.float64),
+            kl_estimator="biased",
+            proximal_logprob_R=old + 0.1,
+            importance_cap=1.05,
+        ).loss
+
+    assert torch.autograd.gradcheck(loss, (new.clone().requires_grad_(True),), eps=1e-7, atol=1e-6)
+
+
+def test_length_penalty_by_hand():
+    reward = torch.tensor([1.0, 1.0, 1.0, 0.0])
+    got = length_penalised(reward, torch.tensor([20.0, 80.0, 500.0, 80.0]), torch.full((4,), 160.0), 0.2)
+    assert got.tolist() == pytest.approx([0.975, 0.9, 0.8, 0.0])
+
+
+def test_rejection_sampling_is_the_mean_log_probability_of_what_passed():
+    new, old, reference, sequence, _ = example()
+    got = rft_loss(new, old, reference, sequence, torch.tensor([1.0, 0.0, 1.0]), total_sequences=2)
+    assert got.loss.item() == pytest.approx(-float(new[:3].mean() + new[5:].mean()) / 2, rel=1e-9)
