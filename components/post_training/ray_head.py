@@ -41,7 +41,6 @@ def main() -> None:
         started: Any = ray.init(
             num_cpus=cpus,
             num_gpus=0,
-            _node_ip_address="127.0.0.1",
             include_dashboard=False,
             object_store_memory=store_bytes,
             log_to_driver=False,

@@ -36,15 +36,19 @@ class EnvironmentActor:
         return self.episodes.pop(episode).verdict()
 
 
-ACTOR: Any = ray.remote(num_cpus=ENVIRONMENT_CPUS, max_restarts=0)(EnvironmentActor)
+# a call that hangs keeps its thread, and the others go on; a new actor takes over when few are left
+THREADS = 8
+_options: dict[str, Any] = {"num_cpus": ENVIRONMENT_CPUS, "max_restarts": 0, "max_concurrency": THREADS}
+ACTOR: Any = ray.remote(**_options)(EnvironmentActor)
 
 
 class RemoteEnvironments:
-    """The actors of one rollout worker. One that takes too long is replaced; its other episodes end as faulty."""
+    """The actors of one rollout worker. A call that takes too long spoils its own episode."""
 
     def __init__(self, environments: Mapping[str, Environment], config: PostTrainingConfig) -> None:
         self.environments, self.seconds = environments, config.environment_seconds
         self.actors = [ACTOR.remote(environments) for _ in range(config.environment_workers)]
+        self.hanging = [0] * config.environment_workers
         self.turn, self.numbers = itertools.count(), itertools.count()
 
     def by_name(self) -> dict[str, Environment]:
@@ -56,9 +60,14 @@ class RemoteEnvironments:
             return ray.get(getattr(actor, method).remote(*arguments), timeout=self.seconds)
         except GetTimeoutError as error:
             if actor in self.actors:
-                ray.kill(actor)
-                self.actors[self.actors.index(actor)] = ACTOR.remote(self.environments)
+                self._note_hanging(self.actors.index(actor))
             raise TimeoutError(f"{method} took more than {self.seconds:g} s") from error
+
+    def _note_hanging(self, index: int) -> None:
+        self.hanging[index] += 1
+        if self.hanging[index] == THREADS - 1:
+            ray.kill(self.actors[index])
+            self.actors[index], self.hanging[index] = ACTOR.remote(self.environments), 0
 
 
 class _RemoteEnvironment:
