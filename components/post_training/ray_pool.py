@@ -96,6 +96,7 @@ class RayPool:
                 "post_training.rollout_workers"
             ) from error
         self.publish(0)
+        ray.get(self._offered)  # a play may overtake the first weights otherwise
 
     def _start(self) -> Any:
         return ACTOR.options(num_cpus=self.config.worker_threads).remote(*self._arguments)
@@ -104,9 +105,7 @@ class RayPool:
         self._version = version
         # put copies: what the learner does next does not reach the workers
         self._weights = ray.put({name: tensor.detach() for name, tensor in self.model.state_dict().items()})
-        if self.newest:
-            for worker in self.workers:
-                worker.offer.remote(self._version, self._weights)
+        self._offered = [worker.offer.remote(version, self._weights) for worker in self.workers if self.newest]
 
     def submit(self, groups: Sequence[PromptGroup]) -> None:
         size = -(-len(groups) // len(self.workers))
@@ -139,7 +138,7 @@ class RayPool:
             raise RuntimeError(f"rollout workers died {self._restarts} times, the last: {error}") from error
         self.workers[index] = self._start()
         if self.newest:
-            self.workers[index].offer.remote(self._version, self._weights)
+            ray.get(self.workers[index].offer.remote(self._version, self._weights))
         lost = [(reference, kept) for reference, (worker, kept) in self._out.items() if worker == index]
         for reference, _ in lost:
             del self._out[reference]
