@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from importlib.metadata import entry_points
-from typing import Any, Protocol
+from importlib.metadata import EntryPoint, entry_points
+from typing import Protocol
 
 from components.runtime.contracts import TaskRecord, ToolCall, ToolDefinition
 
@@ -65,19 +65,20 @@ class Environment(Protocol):
         ...
 
 
-def environments() -> dict[str, type[Any]]:
-    """All installed families by name. Raises ValueError when two packages claim one name."""
-    found: dict[str, type[Any]] = {}
+def environments() -> dict[str, EntryPoint]:
+    """Entry points of all installed families by name. Raises ValueError when two packages claim one name."""
+    found: dict[str, EntryPoint] = {}
     for entry in entry_points(group="sparseline.environments"):
         if entry.name in found:
             raise ValueError(f"two installed packages define the environment {entry.name!r}; uninstall one of them")
-        found[entry.name] = entry.load()
+        found[entry.name] = entry
     return found
 
 
 def environment(name: str) -> Environment:
-    """The family `name`. Raises ValueError that lists what is installed."""
+    """The family `name`. Raises ValueError that lists what is installed; a broken one breaks nothing but itself."""
     found = environments()
     if name not in found:
         raise ValueError(f"unknown environment {name!r}; installed: {', '.join(sorted(found)) or 'none'}")
-    return found[name]()
+    made: Environment = found[name].load()()
+    return made
