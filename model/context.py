@@ -15,6 +15,7 @@ import torch
 
 from kernels.indexer_topk import indexer_topk
 from kernels.paged_indexer_topk import paged_indexer_topk
+from model.random_ties import random_tie_positions
 
 Selection = Literal["sparse", "dense", "window", "random"]
 IndexerLoss = Literal["none", "dense", "sparse"]
@@ -123,12 +124,14 @@ class PagedContext(Context):
 
     latent_cache[layer]: [pages, page size, kv_lora_rank + rope]; index_k_cache[layer]: [pages, page size, D].
     page_table_NP: int32, the pages of each sequence in order; sequence_T: int64, row of page_table_NP of each token.
+    tie_generator: gives ties of the indexer's scores to a random key; for an ablation only.
     """
 
     latent_cache: list[torch.Tensor] = field(default_factory=list)
     index_k_cache: list[torch.Tensor] = field(default_factory=list)
     page_table_NP: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     sequence_T: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    tie_generator: torch.Generator | None = None
 
     def __post_init__(self) -> None:
         self.page_size = self.latent_cache[0].shape[1]
@@ -148,6 +151,10 @@ class PagedContext(Context):
     ) -> torch.Tensor:
         if int(self.position_T.max()) < k:  # every key of every query is selected
             return self.fixed_rows("dense", layer, k)
+        if self.tie_generator is not None:
+            cache, end_T = self.index_k_cache[layer], self.position_T + 1
+            arguments = (q_THD, cache, weight_TH, self.page_table_NP, self.sequence_T, end_T, k, self.tie_generator)
+            return self.rows_of(random_tie_positions(*arguments))
         rows_TK, _, _ = paged_indexer_topk(
             q_THD, self.index_k_cache[layer], weight_TH, self.page_table_NP, self.sequence_T, self.position_T + 1, k
         )

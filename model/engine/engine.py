@@ -75,6 +75,7 @@ class Engine:
         self.model, self.stop_token_id, self.page_size = model, stop_token_id, page_size
         self.max_sequences, self.max_sequence_tokens = max_sequences, max_sequence_tokens
         self.step_tokens, self.record, self.weight_version = step_tokens, record, weight_version
+        self.tie_generator: torch.Generator | None = None  # see PagedContext
         config, weight = model.config, model.lm_head.weight
         self.device, dtype = weight.device, weight.dtype
         pages_each = -(-max_sequence_tokens // page_size)
@@ -248,6 +249,7 @@ class Engine:
             sequence_T=sequence_T.to(self.device),
             record_routing=self.record,
             record_selections=self._selections is not None,
+            tie_generator=self.tie_generator,
         )
         hidden_TC = self.model.hidden(ids_T, context)
         if self.record and context.routing:
