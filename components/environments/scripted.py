@@ -32,7 +32,7 @@ ERROR_WORDS = ("error", "unknown", "tool", "arguments", "answer", "was", "given"
 
 def tool(name: str, description: str, *parameters: str) -> ToolDefinition:
     """A look-up tool whose parameters are words; one named `page` is a page number."""
-    kinds = {name: {"type": "integer", "minimum": 1} if name == "page" else {"type": "string"} for name in parameters}
+    kinds = {one: {"type": "integer", "minimum": 1} if one == "page" else {"type": "string"} for one in parameters}
     return ToolDefinition(name=name, description=description, input_schema=_schema(kinds))
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import random
 from typing import Any
 
+from components.environments import documents
 from components.environments.chat_format import conversation_words
+from components.environments.documents import Split
 from components.environments.kg_query import teachers
-from components.environments.kg_query.documents import DOCUMENT_WORDS, Split, make_document
 from components.environments.kg_query.graph import ENTITIES, OBJECT_WEIGHTS, RELATIONS, TYPE_OF, build_graph
 from components.environments.kg_query.programs import (
     MOST_STANDARD_HOPS,
@@ -246,6 +247,9 @@ class KnowledgeGraphQuery:
             split="validation" if task.split == "validation" else "train",
         )
 
-    def document(self, seed: int, split: Split, words: int = DOCUMENT_WORDS) -> Document:
-        """A long text of facts with questions at its end (see documents.py)."""
-        return make_document(seed, split, words)
+    def document(self, seed: int, split: Split, words: int = documents.WORDS) -> Document:
+        """A long text of facts with questions at its end (see documents.py); the same for the same arguments."""
+        rng = random.Random(f"{self.name}/document/{split}/{seed}")
+        graph = build_graph(rng.getrandbits(48))
+        facts = [(s, r, o[0]) for (s, r), o in graph.facts.items() if RELATIONS[r].functional]
+        return documents.make_document(self.name, facts, rng, split, words)

@@ -3,37 +3,37 @@
     ada works_in core . core led_by mona . ... ? ada works_in core . ? ...
 
 A question repeats subject and relation of a fact far before it; its answer is the object. A reader with a short memory
-cannot know it, because the facts are drawn anew for each document.
+cannot know it, because the facts are drawn anew for each document. A family gives the facts.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Literal
 
-from components.environments.kg_query.graph import RELATIONS, build_graph
 from components.runtime.contracts import Document, Question, digest
 
 Split = Literal["train", "validation", "test"]
 
 SHORT_WORDS = 108  # up to here every fact is asked for: practice in looking up, before the long ones
-DOCUMENT_WORDS = 272  # 8 times a top-k of 32, and half of one more
+WORDS = 272  # 8 times a top-k of 32, and half of one more
 QUESTIONS = (8, 12)
 FAR_WORDS = 64  # most questions ask for a fact at least so far before their answer
 NEAR_SHARE = 0.1
 _FACT_WORDS, _QUESTION_WORDS = 4, 5
 
 
-def make_document(seed: int, split: Split, words: int = DOCUMENT_WORDS) -> Document:
-    """A document of `words` words (up to 3 fewer; a short one up to 8), the same for the same arguments.
+Fact = tuple[str, str, str]  # subject, relation, object
+
+
+def make_document(name: str, known: Sequence[Fact], rng: random.Random, split: Split, words: int) -> Document:
+    """A document of `words` words (up to 3 fewer; a short one up to 8) about some of the `known` facts of a family.
 
     A document of at most SHORT_WORDS words asks for each of its facts once, and its facts share subjects: neither the
     subject nor the relation alone finds an answer.
-    Raises ValueError when `words` leaves no room for far facts, or asks for more facts than a world has.
+    Raises ValueError when `words` leaves no room for far facts, or asks for more facts than are known.
     """
-    rng = random.Random(f"kg_query/document/{split}/{seed}")
-    graph = build_graph(rng.getrandbits(48))
-    known = [(s, r, o[0]) for (s, r), o in graph.facts.items() if RELATIONS[r].functional]
     if 2 * (_FACT_WORDS + _QUESTION_WORDS) <= words <= SHORT_WORDS:
         facts = _few_subjects(known, words // (_FACT_WORDS + _QUESTION_WORDS), rng)
         return _document(facts, rng.sample(range(len(facts)), len(facts)), split)
@@ -42,8 +42,8 @@ def make_document(seed: int, split: Split, words: int = DOCUMENT_WORDS) -> Docum
     if not FAR_WORDS // _FACT_WORDS + QUESTIONS[1] <= count <= len(known):
         least = FAR_WORDS + QUESTIONS[1] * (_FACT_WORDS + _QUESTION_WORDS)
         most, short = len(known) * _FACT_WORDS, 2 * (_FACT_WORDS + _QUESTION_WORDS)
-        raise ValueError(f"a kg_query document has {short} to {SHORT_WORDS} or {least} to {most} words, got {words}")
-    facts = rng.sample(known, count)
+        raise ValueError(f"a {name} document has {short} to {SHORT_WORDS} or {least} to {most} words, got {words}")
+    facts = rng.sample(list(known), count)
     far = [i for i in range(count) if (count - i) * _FACT_WORDS >= FAR_WORDS]
     near = [i for i in range(count) if i not in far]
     near_asked = sum(rng.random() < NEAR_SHARE for _ in range(asked))
@@ -52,7 +52,7 @@ def make_document(seed: int, split: Split, words: int = DOCUMENT_WORDS) -> Docum
     return _document(facts, chosen, split)
 
 
-def _few_subjects(known: list[tuple[str, str, str]], count: int, rng: random.Random) -> list[tuple[str, str, str]]:
+def _few_subjects(known: Sequence[Fact], count: int, rng: random.Random) -> list[Fact]:
     """`count` facts, all that is known of as few subjects as hold them, in random order."""
     subjects = sorted({subject for subject, _, _ in known})
     rng.shuffle(subjects)
@@ -62,7 +62,7 @@ def _few_subjects(known: list[tuple[str, str, str]], count: int, rng: random.Ran
     return facts
 
 
-def _document(facts: list[tuple[str, str, str]], chosen: list[int], split: Split) -> Document:
+def _document(facts: Sequence[Fact], chosen: list[int], split: Split) -> Document:
     """The facts as sentences, then the questions `chosen` (indices of facts) in order."""
     text = [word for fact in facts for word in (*fact, ".")]
     questions = []
