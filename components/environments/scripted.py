@@ -31,8 +31,12 @@ ERROR_WORDS = ("error", "unknown", "tool", "arguments", "answer", "was", "given"
 
 
 def tool(name: str, description: str, *parameters: str) -> ToolDefinition:
-    """A look-up tool whose parameters are words; one named `page` is a page number."""
-    kinds = {one: {"type": "integer", "minimum": 1} if one == "page" else {"type": "string"} for one in parameters}
+    """A look-up tool whose parameters are words; one named `page` is a page number, one named `program` a list."""
+    special: dict[str, dict[str, Any]] = {
+        "page": {"type": "integer", "minimum": 1},
+        "program": {"type": "array", "items": {"type": "string"}},
+    }
+    kinds = {one: special.get(one, {"type": "string"}) for one in parameters}
     return ToolDefinition(name=name, description=description, input_schema=_schema(kinds))
 
 
@@ -57,9 +61,9 @@ def _schema(properties: dict[str, Any]) -> dict[str, Any]:
 def call_of(definition: ToolDefinition, values: Sequence[str]) -> ToolCall:
     """The call of a look-up tool with `values` in the order of its parameters."""
     properties = definition.input_schema["properties"]
+    read: dict[str, Callable[[str], Any]] = {"integer": int, "array": str.split, "string": str}
     arguments = {
-        name: int(value) if schema["type"] == "integer" else value
-        for (name, schema), value in zip(properties.items(), values, strict=True)
+        name: read[schema["type"]](value) for (name, schema), value in zip(properties.items(), values, strict=True)
     }
     return ToolCall(name=definition.name, arguments=arguments)
 
@@ -97,10 +101,11 @@ class LookupEpisode:
         values = []
         for name, schema in self.schemas[call.name].items():
             value = call.arguments[name]
+            expected = {"integer": int, "array": list}.get(schema["type"], str)
             # bool is an int in Python; JSON's true is no page
-            if not isinstance(value, int if schema["type"] == "integer" else str) or isinstance(value, bool):
+            if not isinstance(value, expected) or isinstance(value, bool):
                 return _error("unknown arguments")
-            values.append(str(value))
+            values.append(" ".join(map(str, value)) if isinstance(value, list) else str(value))
         words = self.look(call.name, tuple(values))
         if words.startswith("error"):
             return Observation(words, is_error=True)

@@ -1,0 +1,54 @@
+"""Runs a program that was written as words, in the sandbox, and reads which functions it calls."""
+
+from __future__ import annotations
+
+import ast
+from functools import lru_cache
+
+from components.environments.internal_api.library import MODULE
+from components.environments.sandbox import Sandbox, SandboxLimits
+from components.environments.words import NUMBERS
+
+_SANDBOX = Sandbox(SandboxLimits(wall_seconds=2.0, cpu_seconds=1, memory_bytes=128 << 20, output_bytes=1 << 10))
+
+
+def source_of(program: str) -> str:
+    """Words -> Python: a line for each `;`."""
+    return "\n".join(line.strip() for line in program.split(";"))
+
+
+@lru_cache(maxsize=20_000)
+def run_program(library: str, program: str) -> str:
+    """What the program prints, in words: a number, or `error program`, `error output`, `error time`.
+
+    Programs and libraries are deterministic, so the same pair is run once.
+    """
+    try:
+        ast.parse(source_of(program))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return "error program"  # what the sandbox would say of it
+    result = _SANDBOX.run(f"from {MODULE} import *\n{source_of(program)}", {f"{MODULE}.py": library})
+    if result.ended == "fault":
+        raise RuntimeError(f"the sandbox failed: {result.output}")
+    if not result.ok:
+        return "error time" if result.ended in ("cpu", "time") else "error program"
+    words = result.output.split()
+    return words[0] if len(words) == 1 and words[0] in NUMBERS else "error output"
+
+
+def called(program: str) -> list[str]:
+    """Names of the functions that the program calls, but print, in the order of the calls; [] for no valid Python."""
+    try:
+        tree = ast.parse(source_of(program))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return []
+    names: list[str] = []
+
+    def visit(node: ast.AST) -> None:
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+        if isinstance(node, ast.Call):
+            names.append(node.func.id if isinstance(node.func, ast.Name) else "?")
+
+    visit(tree)
+    return [name for name in names if name != "print"]
