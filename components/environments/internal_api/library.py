@@ -89,7 +89,7 @@ def _step(value, takes, gives, factor, offset):
 
 @lru_cache(maxsize=512)
 def build_library(seed: int, path: tuple[str, ...], traps: str) -> Library:
-    """The library of `seed` in which `path` (types) can be walked; traps[i] is 1 where step i has a deprecated function."""
+    """The library of `seed` in which `path` can be walked; traps[i] is 1 where step i has a deprecated function."""
     rng = random.Random(f"internal_api/{seed}/{'/'.join(path)}/{traps}")
     names = iter(rng.sample(NAMES, len(NAMES)))
     functions: dict[str, Function] = {}

@@ -37,8 +37,8 @@ class World:
     @cached_property
     def digest(self) -> str:
         """sha256 (hex) of the facts."""
-        tables = [self.weather, self.status, self.price, self.travel]
-        return digest([sorted((str(key), value) for key, value in table.items()) for table in tables])
+        pairs = [self.status, self.price, self.travel]
+        return digest([self.weather, *(sorted((*key, value) for key, value in table.items()) for table in pairs)])
 
 
 @lru_cache(maxsize=256)
