@@ -34,7 +34,8 @@ class Program:
 
 def parse_program(template: str) -> Program:
     """The program that `template` names. Raises ValueError when there is no such program."""
-    trips, shape, *about = [*template.split("/"), ""][:-1] or [""]
+    trips, _, rest = template.partition("/")
+    shape, *about = rest.split("/")
     if not trips.isdigit() or len(about) != SHAPES.get(shape, -1) or not set(about) <= set(ABOUT):
         raise ValueError(f"trip_planning template {template!r}: expected trips/shape/condition/...")
     return Program(int(trips), shape, tuple(about))
