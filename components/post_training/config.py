@@ -124,6 +124,8 @@ class PostTrainingConfig(BaseModel):
     def _consistent(self) -> PostTrainingConfig:
         if self.rollout_workers == 0 and self.schedule != "synchronous":
             raise ValueError(f"the schedule {self.schedule} needs rollout_workers of at least 1")
+        if 0 < self.groups_in_flight < self.prompts:
+            raise ValueError("groups_in_flight must be at least prompts, or no batch would ever be complete")
         if self.rollout_workers == 0 and self.environment_workers:
             raise ValueError("environment_workers needs rollout_workers of at least 1")
         unknown = set(self.kl_weights) - set(self.families) if self.families else set()

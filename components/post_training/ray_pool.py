@@ -123,7 +123,9 @@ class RayPool:
     def collect(self) -> list[PlayedGroup]:
         if not self._out:
             return []
-        (done, *_), _ = ray.wait(list(self._out), num_returns=1)
+        ray.wait(list(self._out), num_returns=1)
+        ready, _ = ray.wait(list(self._out), num_returns=len(self._out), timeout=0)
+        done = next(reference for reference in self._out if reference in ready)  # the oldest, lest it age further
         worker, groups = self._out.pop(done)
         try:
             return ray.get(done)

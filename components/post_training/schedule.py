@@ -79,22 +79,32 @@ def asynchronous(config: PostTrainingConfig, pool: Pool, flow: Flow, version: Ca
 
     It is complete with `prompts` groups to learn from, or when (1 + refills) * prompts groups came back.
     """
+    # with this many under way at most, a batch is trained on before more than `staleness` others changed the weights
     limit = config.groups_in_flight or config.prompts * (config.staleness + 1)
     out = 0
     for step in range(config.steps):
-        while True:
-            flow.drop_older(version() - config.staleness)
-            # no more than the rest of the run can use
-            wanted = min(limit, config.prompts * (config.steps - step)) - out - len(flow.useful)
-            if wanted > 0:
-                pool.submit(flow.issue(wanted, version()))
-                out += wanted
-            if len(flow.useful) >= config.prompts or len(flow.played) >= config.prompts * (1 + config.refills):
-                break
+        rest = config.prompts * (config.steps - step)  # more than these the run cannot use
+        out += _issue(pool, flow, min(limit, rest) - out, version())
+        while not _complete(config, flow, version()):
+            if out == 0:
+                out += _issue(pool, flow, min(limit, rest), version())
             played = pool.collect()
             out -= len(played)
             flow.accept(played)
         yield flow.batch(version())
+
+
+def _complete(config: PostTrainingConfig, flow: Flow, version: int) -> bool:
+    flow.drop_older(version - config.staleness)
+    return len(flow.useful) >= config.prompts or len(flow.played) >= config.prompts * (1 + config.refills)
+
+
+def _issue(pool: Pool, flow: Flow, room: int, version: int) -> int:
+    """Issue groups into the room that those which wait to be trained on leave; how many."""
+    count = max(0, room - len(flow.useful))
+    if count:
+        pool.submit(flow.issue(count, version))
+    return count
 
 
 SCHEDULES = {"synchronous": synchronous, "one_step_off": one_step_off, "asynchronous": asynchronous}

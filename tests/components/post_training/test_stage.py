@@ -175,6 +175,7 @@ def test_an_environment_that_is_not_installed_is_bad_input():
         ({"group_size": 1}, "greater than or equal to 2"),
         ({"schedule": "asynchronous"}, "needs rollout_workers"),
         ({"environment_workers": 1}, "needs rollout_workers"),
+        ({"groups_in_flight": 2, "prompts": 3}, "at least prompts"),
         ({"kl_weights": {"kg_query": -1.0}}, "at least 0"),
         ({"kl_weights": {"a": 0.1}, "families": ["b"]}, "kl_weights names a"),
     ],
