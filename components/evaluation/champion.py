@@ -11,7 +11,7 @@ import shutil
 from typing import TYPE_CHECKING
 
 from components.evaluation.config import ChampionConfig
-from components.evaluation.report import ITEMS_FILE, Champion, EvaluationReport
+from components.evaluation.report import ITEMS_FILE, EvaluationReport
 from components.runtime.contracts import Pointer
 from components.runtime.errors import InputError
 from components.runtime.stage import StageContext, StageResult
@@ -40,22 +40,17 @@ def run(config: ChampionConfig, context: StageContext, inputs: dict[str, Pointer
     import torch
 
     from components.evaluation.compare import Bootstrap
+    from components.evaluation.measures import SAMPLED, champion_of, select
     from components.evaluation.play import Player, read_items, write_items
-    from components.evaluation.run import SAMPLED
 
     if config.threads:
         torch.set_num_threads(config.threads)
     items = read_items(directory / ITEMS_FILE)
-    candidate = [i for i in items if (i.player, i.measure, i.temperature) == ("after", "sampled", SAMPLED)]
-    player = Player.load("champion", context.fetch(champion))
+    candidate = select(items, "after", "sampled", SAMPLED)
+    player = Player.load("champion", context.fetch(champion), champion.sha256)
     played = _play(player, candidate, config, context, inputs["tasks"], report.seed)
     bootstrap = Bootstrap(report.resamples, report.confidence, report.seed)
-    found = Champion(
-        pointer=champion,
-        rate=bootstrap.rate(played),
-        difference=bootstrap.difference(played, candidate),
-        families=bootstrap.family_differences(played, candidate),
-    )
+    found = champion_of([*items, *played], champion, bootstrap, report.separate)
     target = context.work_dir / "evaluation"
     shutil.copytree(directory, target, dirs_exist_ok=True)
     report.model_copy(update={"champion": found}).write(target)
@@ -74,8 +69,8 @@ def _play(
     seed: int,
 ) -> list[Item]:
     """The candidate's sampled tasks, in their order, with their seeds, as the champion plays them."""
+    from components.evaluation.measures import SAMPLED
     from components.evaluation.play import play
-    from components.evaluation.run import SAMPLED
 
     by_id = {task.id: task for task in read_tasks(context.fetch(tasks), "test")}
     wanted = [by_id[item.task] for item in candidate]
@@ -99,6 +94,8 @@ def _play(
         measure="sampled",
         temperature=SAMPLED,
         seed=seed,
+        task_set=tasks.sha256,
+        code=context.code,
         max_sequences=config.max_sequences,
         on_episode=show,
     )

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from components.evaluation.play import Item
-from components.evaluation.report import FamilyRates, Rate, Sides
-from components.evaluation.statistics import cluster_bootstrap, paired_bootstrap
+from components.evaluation.report import FamilyRates, Rate, Sides, UnseenEnvironments
+from components.evaluation.statistics import (
+    cluster_bootstrap,
+    holm,
+    paired_bootstrap,
+    sign_flip_p_value,
+    smallest_difference,
+    wilson_interval,
+)
 from components.runtime.contracts import Interval
 
 
@@ -54,6 +61,28 @@ class Bootstrap:
     def sides(self, before: Sequence[Item], after: Sequence[Item]) -> Sides:
         return Sides(before=self.rate(before), after=self.rate(after), difference=self.difference(before, after))
 
+    def smallest_difference(self, before: Sequence[Item], after: Sequence[Item]) -> float:
+        """The smallest macro difference that these pairs show with 80% power."""
+        differences = [other.reward - one.reward for one, other in zip(before, after, strict=True)]
+        return smallest_difference(
+            differences,
+            [item.template for item in before],
+            [item.family for item in before],
+            confidence=self.confidence,
+        )
+
+    def unseen(self, before: Sequence[Item], after: Sequence[Item]) -> UnseenEnvironments | None:
+        """Families of wholly held-out environments; the environment is the cluster. None without such items."""
+        if not before:
+            return None
+        one, other = ([replace(item, template=item.group) for item in side] for side in (before, after))
+        return UnseenEnvironments(
+            **dict(self.sides(one, other)), n=len(one), environments=len({(i.family, i.group) for i in one})
+        )
+
+    def wilson(self, items: Sequence[Item]) -> Interval:
+        return wilson_interval(sum(item.reward == 1.0 for item in items), len(items), self.confidence)
+
     def family_differences(self, before: Sequence[Item], after: Sequence[Item]) -> dict[str, Interval]:
         return {
             family: self.difference(of_family(before, family), of_family(after, family))
@@ -61,13 +90,28 @@ class Bootstrap:
         }
 
     def families(self, before: Sequence[Item], after: Sequence[Item]) -> dict[str, FamilyRates]:
+        sides = {f: (of_family(before, f), of_family(after, f)) for f in sorted({item.family for item in before})}
+        p_values = {
+            family: sign_flip_p_value(
+                [b.reward - a.reward for a, b in zip(one, other, strict=True)],
+                [item.template for item in one],
+                resamples=self.resamples,
+                seed=self.seed,
+            )
+            for family, (one, other) in sides.items()
+        }
+        adjusted = holm(p_values)
         return {
             family: FamilyRates(
-                before=self.mean(of_family(before, family)),
-                after=self.mean(of_family(after, family)),
-                difference=difference,
+                before=self.mean(one),
+                after=self.mean(other),
+                difference=self.difference(one, other),
+                before_wilson=self.wilson(one),
+                after_wilson=self.wilson(other),
+                p_value=p_values[family],
+                p_adjusted=adjusted[family],
             )
-            for family, difference in self.family_differences(before, after).items()
+            for family, (one, other) in sides.items()
         }
 
 

@@ -11,6 +11,11 @@ class EvaluationConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     pairs: int = Field(default=500, ge=2, description="held-out tasks per family, played by both models")
+    separate: list[str] = Field(
+        default=["compiled"], description="families reported beside the macro mean and not in it: unseen environments"
+    )
+    curve_tasks: int = Field(default=40, ge=0, description="tasks per family behind pass@k against k; 0: no curve")
+    curve_samples: int = Field(default=16, ge=2, description="episodes of each of them")
     validation_tasks: int = Field(
         default=120, ge=1, description="validation tasks per family that choose the temperature before RL"
     )

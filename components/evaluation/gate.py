@@ -23,7 +23,10 @@ class GateConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     family_margin: float = Field(
-        0.05, ge=0, lt=1, description="how much worse (share of episodes, 0 to 1) a family's pass@1 may be"
+        0.05,
+        ge=0,
+        lt=1,
+        description="how much worse (share of episodes, 0 to 1) the lower bound of a family's difference may be",
     )
 
 
@@ -44,11 +47,12 @@ def decide(report: EvaluationReport, champion: Pointer | None, config: GateConfi
 
     if champion is None:
         baseline, name = report.before, "its own checkpoint before RL"
-        difference = report.pass_at_1.difference
+        difference, smallest = report.pass_at_1.difference, report.pass_at_1.smallest_difference
         families = {family: rates.difference for family, rates in report.pass_at_1.families.items()}
     elif report.champion is not None and report.champion.pointer.sha256 == champion.sha256:
         baseline, name = champion, "the champion"
-        difference, families = report.champion.difference, report.champion.families
+        difference, smallest = report.champion.difference, report.champion.smallest_difference
+        families = report.champion.families
     else:
         compared = report.champion.pointer.sha256[:12] if report.champion else "none"
         raise ValueError(
@@ -57,14 +61,17 @@ def decide(report: EvaluationReport, champion: Pointer | None, config: GateConfi
         )
     if not families:
         raise ValueError("the evaluation has no family: nothing was played")
-    rules = [_main_rule(difference, name, report), *(_family_rule(f, d, config) for f, d in sorted(families.items()))]
+    rules = [
+        _main_rule(difference, smallest, name, report),
+        *(_family_rule(f, d, config) for f, d in sorted(families.items())),
+    ]
     verdict = "promoted" if all(rule.holds for rule in rules) else "rejected"
     return GateVerdict.model_validate(
         {"verdict": verdict, "candidate": report.candidate, "baseline": baseline, "rules": rules}
     )
 
 
-def _main_rule(difference: Interval, baseline: str, report: EvaluationReport) -> GateRule:
+def _main_rule(difference: Interval, smallest: float, baseline: str, report: EvaluationReport) -> GateRule:
     return GateRule(
         name="pass@1 is better",
         holds=difference.low > 0.0,
@@ -73,7 +80,8 @@ def _main_rule(difference: Interval, baseline: str, report: EvaluationReport) ->
         explanation=(
             f"sampled pass@1 against {baseline}: {difference.mean:+.3f}, {report.confidence:.0%} interval "
             f"{difference.low:+.3f} to {difference.high:+.3f} over {difference.n} pairs of {report.templates} held-out "
-            "templates; the lower bound must be above 0"
+            "templates; the lower bound must be above 0; the smallest difference that such a sample shows with 80% "
+            f"power is {smallest:.3f}"
         ),
     )
 
@@ -81,12 +89,12 @@ def _main_rule(difference: Interval, baseline: str, report: EvaluationReport) ->
 def _family_rule(family: str, difference: Interval, config: GateConfig) -> GateRule:
     return GateRule(
         name=f"{family} is not worse",
-        holds=difference.mean >= -config.family_margin,
-        value=difference.mean,
+        holds=difference.low >= -config.family_margin,
+        value=difference.low,
         bound=-config.family_margin,
         explanation=(
             f"pass@1 of {family}: {difference.mean:+.3f} ({difference.low:+.3f} to {difference.high:+.3f}, "
-            f"{difference.n} pairs); it may lose at most {config.family_margin:g}"
+            f"{difference.n} pairs); the lower bound must not be below {-config.family_margin:g}"
         ),
     )
 

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as parquet
@@ -35,12 +36,13 @@ class Player:
     name: str
     model: Transformer
     tokenizer: Tokenizer
+    weights: str = ""  # sha256 of the checkpoint's manifest
 
     @staticmethod
-    def load(name: str, directory: Path) -> Player:
+    def load(name: str, directory: Path, weights: str = "") -> Player:
         """Raises InputError when the checkpoint is damaged."""
         try:
-            return Player(name, load_model(directory, dtype=torch.float32), load_tokenizer(directory))
+            return Player(name, load_model(directory, dtype=torch.float32), load_tokenizer(directory), weights)
         except CheckpointError as error:
             raise InputError(f"the checkpoint {name} in {directory} cannot be read: {error}") from error
 
@@ -63,11 +65,27 @@ class Item:
     tool_errors: int
     tokens: int
     transcript: str
+    group: str = ""  # what was held out whole: the environment of a grammar, else the template
+    sample: int = 0  # number of the episode among those of one task
+    position: int = 0  # place in the play: it settles which episodes shared a batch
+    fault: str = ""  # why the episode is faulty: it counts as failed
+    prompt_tokens: int = 0
+    token_ids: tuple[int, ...] = ()
+    weights: str = ""  # sha256 of the checkpoint's manifest
+    tokenizer_sha256: str = ""
+    task_set: str = ""  # sha256 of the task set's manifest
+    code: str = ""  # digest of the stage's sources, where a pipeline gave it
 
 
-def episode_seed(seed: int, task: TaskRecord) -> int:
-    """Seed of the episode of `task` (63 bits): the same for every model and temperature."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{task.id}".encode()).digest()[:8], "big") >> 1
+def episode_seed(seed: int, task: TaskRecord, sample: int = 0) -> int:
+    """Seed of an episode of `task` (63 bits): the same for every model and temperature."""
+    text = f"{seed}/{task.id}/{sample}" if sample else f"{seed}/{task.id}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def tokenizer_sha256(tokenizer: Tokenizer) -> str:
+    """sha256 (hex) of the tokenizer's own JSON."""
+    return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
 
 
 def play(
@@ -78,9 +96,12 @@ def play(
     temperature: float,
     seed: int,
     max_sequences: int,
+    samples: int = 1,
+    task_set: str = "",
+    code: str = "",
     on_episode: Callable[[EpisodeResult], None] | None = None,
 ) -> tuple[list[Item], list[Trajectory]]:
-    """Play every task once; records and trajectories in the order of `tasks`."""
+    """Play every task `samples` times; records and trajectories in the order of `tasks`, samples of a task together."""
     longest = max(task.limits.tokens for task in tasks)
     stop = player.tokenizer.token_to_id(END)
     if stop is None:
@@ -88,34 +109,53 @@ def play(
     engine = Engine(
         player.model,
         stop_token_id=stop,
-        max_sequences=min(max_sequences, len(tasks)),
+        max_sequences=min(max_sequences, len(tasks) * samples),
         max_sequence_tokens=longest,
         record=False,
     )
     # a turn may be as long as the episode: limits.tokens ends it, as in training
     policy = EnginePolicy(engine, player.tokenizer, SamplingParameters(temperature=temperature, max_new_tokens=longest))
     environments = {name: environment(name) for name in {task.environment for task in tasks}}
-    requests = [EpisodeRequest(environments[task.environment], task, episode_seed(seed, task)) for task in tasks]
+    requests = [
+        EpisodeRequest(environments[task.environment], task, episode_seed(seed, task, sample))
+        for task in tasks
+        for sample in range(samples)
+    ]
     results = run_episodes(policy, requests, on_episode=on_episode)
-    items = [_item(player.name, measure, temperature, result) for result in results]
+    shared = {
+        "player": player.name,
+        "measure": measure,
+        "temperature": temperature,
+        "weights": player.weights,
+        "tokenizer_sha256": tokenizer_sha256(player.tokenizer),
+        "task_set": task_set,
+        "code": code,
+    }
+    items = [item_of(result, **shared, sample=n % samples, position=n) for n, result in enumerate(results)]
     return items, [result.trajectory for result in results if result.trajectory is not None]
 
 
-def _item(player: str, measure: str, temperature: float, result: EpisodeResult) -> Item:
+def item_of(result: EpisodeResult, **fields: Any) -> Item:
+    """The record of an episode; `fields` are those that the episode itself does not know."""
+    trajectory, fault = result.trajectory, str(getattr(result, "fault", "") or "")
+    sampled = [] if trajectory is None else trajectory.sampled.nonzero().flatten()[:1].tolist()
+    length = 0 if trajectory is None else len(trajectory)
     return Item(
-        player=player,
-        measure=measure,
-        temperature=temperature,
+        **fields,
         task=result.task.id,
         family=result.task.environment,
         template=result.task.template,
+        group=str(result.task.difficulty.get("group", result.task.template)),
         seed=result.seed,
-        reward=result.verdict.reward,
+        reward=0.0 if fault else result.verdict.reward,
         ended=result.ended,
         reason=result.verdict.reason,
+        fault=fault,
         turns=result.turns,
         tool_errors=result.tool_errors,
-        tokens=0 if result.trajectory is None else len(result.trajectory),
+        tokens=length,
+        prompt_tokens=sampled[0] if sampled else length,
+        token_ids=() if trajectory is None else tuple(trajectory.token_ids.tolist()),
         transcript=transcript(result),
     )
 
@@ -128,7 +168,7 @@ def write_items(items: Sequence[Item], path: Path) -> None:
 
 def read_items(path: Path) -> list[Item]:
     with parquet.ParquetFile(path) as file:
-        return [Item(**row) for row in file.read().to_pylist()]
+        return [Item(**row | {"token_ids": tuple(row["token_ids"])}) for row in file.read().to_pylist()]
 
 
 @torch.inference_mode()

@@ -31,6 +31,38 @@ class FamilyRates(Contract):
     before: Interval
     after: Interval
     difference: Interval
+    before_wilson: Interval = Field(description="Wilson interval: as if the tasks were independent of each other")
+    after_wilson: Interval
+    p_value: float = Field(ge=0, le=1, description="of no difference; signs of whole templates flipped")
+    p_adjusted: float = Field(ge=0, le=1, description="Holm over the families")
+
+
+class UnseenEnvironments(Contract):
+    """Families whose environments were held out whole: not in the macro mean. Whole environments are resampled."""
+
+    before: Rate
+    after: Rate
+    difference: Interval = Field(description="after - before, paired")
+    n: int = Field(ge=1, description="tasks")
+    environments: int = Field(ge=1)
+
+
+class CurvePoint(Contract):
+    """pass@1 within a budget of `x` tokens, or pass@x."""
+
+    x: int
+    rate: Interval
+
+
+class ComputeCurves(Contract):
+    """What more test-time compute buys, each model at temperature 1; macro over the families of the main measure."""
+
+    budget: dict[str, list[CurvePoint]] = Field(
+        description="by player: share of episodes that passed with at most x tokens, prompt and replies included"
+    )
+    pass_at_k: dict[str, list[CurvePoint]] = Field(description="by player: unbiased pass@k on a subset of the tasks")
+    tasks: int = Field(description="tasks behind pass@k")
+    samples: int = Field(description="episodes of each of them")
 
 
 class BestTemperature(Contract):
@@ -48,6 +80,7 @@ class Champion(Contract):
     pointer: Pointer
     rate: Rate
     difference: Interval = Field(description="candidate - champion, paired, macro over families")
+    smallest_difference: float = Field(ge=0, description="that the sample can see: 80% power, paired, clustered")
     families: dict[str, Interval] = Field(description="candidate - champion by family")
 
 
@@ -55,7 +88,9 @@ class PassAt1(Contract):
     before: Rate
     after: Rate
     difference: Interval = Field(description="after - before, same tasks, same seeds, templates resampled")
-    families: dict[str, FamilyRates]
+    smallest_difference: float = Field(ge=0, description="that the sample can see: 80% power, paired, clustered")
+    families: dict[str, FamilyRates] = Field(description="every family, those that are reported separately too")
+    unseen_environments: UnseenEnvironments | None = None
     before_best_temperature: BestTemperature
 
 
@@ -103,18 +138,23 @@ class IndexerRecall(Contract):
 
 
 class EvaluationReport(Contract):
-    format: Literal["sparseline-evaluation/1"] = "sparseline-evaluation/1"
+    format: Literal["sparseline-evaluation/2"] = "sparseline-evaluation/2"
     tasks: Pointer
     before: Pointer
     candidate: Pointer
     champion: Champion | None = Field(default=None, description="None: there was none, or the candidate is it")
+    code: str = Field(default="", description="digest of the stage's sources, where a pipeline gave it")
     seed: int
     confidence: float = Field(gt=0, lt=1)
     resamples: int
+    max_sequences: int = Field(ge=1, description="episodes that the engine played at once")
+    separate: list[str] = Field(description="families that are not in the macro means")
+    faults: list[str] = Field(description="task and reason of every faulty episode; it counts as failed")
     templates: int = Field(ge=2, description="held-out programs in the main measure")
     top_k: int
     document_words: int = Field(description="length of the longest held-out document, in words")
     pass_at_1: PassAt1
+    compute: ComputeCurves | None = None
     pass_at_1_long: Sides | None = Field(default=None, description="sampled, on tasks longer than training's")
     greedy: Sides
     ce: CrossEntropy

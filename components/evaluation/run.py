@@ -14,24 +14,15 @@ import torch
 from components.evaluation import long_context
 from components.evaluation.compare import Bootstrap
 from components.evaluation.config import EvaluationConfig
+from components.evaluation.measures import SAMPLED, best_temperature, measure
 from components.evaluation.play import Item, Player, logprob_gap, play, write_items
-from components.evaluation.report import (
-    ITEMS_FILE,
-    BestTemperature,
-    CrossEntropy,
-    EvaluationReport,
-    IndexerRecall,
-    PassAt1,
-    Sides,
-)
+from components.evaluation.report import ITEMS_FILE, CrossEntropy, EvaluationReport, IndexerRecall
 from components.rollouts import EpisodeResult
 from components.rollouts.loop import transcript
 from components.runtime.contracts import Document, Pointer, TaskRecord
 from components.runtime.stage import StageContext, StageResult
 from components.runtime.task_set import read_documents, read_long_tasks, read_tasks
 from model.engine import Trajectory
-
-SAMPLED = 1.0  # the temperature of the main measure: the distribution that RL trained
 
 
 def run(config: EvaluationConfig, context: StageContext, inputs: dict[str, Pointer]) -> StageResult:
@@ -42,35 +33,36 @@ def run(config: EvaluationConfig, context: StageContext, inputs: dict[str, Point
     if config.threads:
         torch.set_num_threads(config.threads)
     task_set = context.fetch(inputs["tasks"])
-    before = Player.load("before", context.fetch(inputs["before"]))
-    after = Player.load("after", context.fetch(inputs["after"]))
+    before = Player.load("before", context.fetch(inputs["before"]), inputs["before"].sha256)
+    after = Player.load("after", context.fetch(inputs["after"]), inputs["after"].sha256)
     bootstrap = Bootstrap(config.resamples, config.confidence, context.seed)
     tasks = first_of_each_family(read_tasks(task_set, "test"), config.pairs)
 
-    games = _Games(config, context)
-    sampled = {player.name: games.play(player, tasks, "sampled", SAMPLED) for player in (before, after)}
-    greedy = {player.name: games.play(player, tasks, "greedy", 0.0) for player in (before, after)}
-    best = _best_temperature(games, before, task_set, tasks, sampled["before"], sampled["after"], bootstrap)
-    long = _long_tasks(games, before, after, task_set, bootstrap)
+    games = _Games(config, context, inputs["tasks"].sha256)
+    for name, temperature in (("sampled", SAMPLED), ("greedy", 0.0)):
+        for player in (before, after):
+            games.play(player, tasks, name, temperature)
+    _best_temperature(games, before, task_set, tasks, bootstrap)
+    few = first_of_each_family(tasks, config.curve_tasks)
+    long = first_of_each_family(read_long_tasks(task_set), config.long_tasks)
+    for player in (before, after):
+        games.play(player, few, "samples", SAMPLED, config.curve_samples)
+        games.play(player, long, "long", SAMPLED)
     ce, ce_answers, recall, documents = _long_context(after, task_set, config, context, bootstrap)
 
     report = EvaluationReport(
         tasks=inputs["tasks"],
         before=inputs["before"],
         candidate=inputs["after"],
+        code=context.code,
         seed=context.seed,
+        max_sequences=config.max_sequences,
+        separate=config.separate,
         confidence=config.confidence,
         resamples=config.resamples,
-        templates=len({(task.environment, task.template) for task in tasks}),
         top_k=after.model.config.index_topk,
         document_words=max(len(document.words) for document in documents),
-        pass_at_1=PassAt1(
-            **dict(bootstrap.sides(sampled["before"], sampled["after"])),
-            families=bootstrap.families(sampled["before"], sampled["after"]),
-            before_best_temperature=best,
-        ),
-        pass_at_1_long=long,
-        greedy=bootstrap.sides(greedy["before"], greedy["after"]),
+        **measure(games.items, bootstrap, config.separate),
         ce=ce,
         ce_answers=ce_answers,
         indexer_recall=recall,
@@ -100,12 +92,16 @@ def first_of_each_family(tasks: Sequence[TaskRecord], number: int) -> list[TaskR
 class _Games:
     """Plays, and keeps every record; the display shows an episode now and then."""
 
-    def __init__(self, config: EvaluationConfig, context: StageContext) -> None:
-        self.config, self.context = config, context
+    def __init__(self, config: EvaluationConfig, context: StageContext, task_set: str) -> None:
+        self.config, self.context, self.task_set = config, context, task_set
         self.items: list[Item] = []
         self.trajectories: dict[str, list[Trajectory]] = {}
 
-    def play(self, player: Player, tasks: Sequence[TaskRecord], measure: str, temperature: float) -> list[Item]:
+    def play(
+        self, player: Player, tasks: Sequence[TaskRecord], measure: str, temperature: float, samples: int = 1
+    ) -> None:
+        if not tasks:
+            return
         self.context.progress.phase(f"{measure} play, {player.name}, temperature {temperature:g}")
         items, trajectories = play(
             player,
@@ -114,12 +110,14 @@ class _Games:
             temperature=temperature,
             seed=self.context.seed,
             max_sequences=self.config.max_sequences,
-            on_episode=self._shower(len(tasks)),
+            samples=samples,
+            task_set=self.task_set,
+            code=self.context.code,
+            on_episode=self._shower(len(tasks) * samples),
         )
         if measure == "sampled" and temperature == SAMPLED:
             self.trajectories[player.name] = trajectories[: self.config.logprob_trajectories]
         self.items += items
-        return items
 
     def _shower(self, total: int) -> Callable[[EpisodeResult], None]:
         done, passed = 0, 0
@@ -135,37 +133,15 @@ class _Games:
 
 
 def _best_temperature(
-    games: _Games,
-    before: Player,
-    task_set: Path,
-    tasks: Sequence[TaskRecord],
-    sampled_before: list[Item],
-    sampled_after: list[Item],
-    bootstrap: Bootstrap,
-) -> BestTemperature:
+    games: _Games, before: Player, task_set: Path, tasks: Sequence[TaskRecord], bootstrap: Bootstrap
+) -> None:
     """The model before RL at its best validation temperature, so that RL is not credited for a sharper distribution."""
     validation = first_of_each_family(read_tasks(task_set, "validation"), games.config.validation_tasks)
-    rates = {
-        temperature: bootstrap.mean(games.play(before, validation, "validation", temperature))
-        for temperature in games.config.temperatures
-    }
-    best = max(rates, key=lambda temperature: rates[temperature].mean)
-    items = sampled_before if best == SAMPLED else games.play(before, tasks, "sampled", best)
-    return BestTemperature(
-        temperature=best,
-        validation={f"{temperature:g}": rate for temperature, rate in rates.items()},
-        test=bootstrap.rate(items),
-        difference=bootstrap.difference(items, sampled_after),
-    )
-
-
-def _long_tasks(games: _Games, before: Player, after: Player, task_set: Path, bootstrap: Bootstrap) -> Sides | None:
-    """Both models on tasks longer than any in training, or None when the task set has none."""
-    tasks = first_of_each_family(read_long_tasks(task_set), games.config.long_tasks)
-    if not tasks:
-        return None
-    played = [games.play(player, tasks, "long", SAMPLED) for player in (before, after)]
-    return bootstrap.sides(*played)
+    for temperature in dict.fromkeys(games.config.temperatures):
+        games.play(before, validation, "validation", temperature)
+    best = best_temperature(games.items, bootstrap, games.config.separate)
+    if best != SAMPLED:
+        games.play(before, tasks, "sampled", best)
 
 
 def _long_context(
@@ -211,8 +187,12 @@ def summarise(report: EvaluationReport) -> dict[str, Any]:
         return means | {"gap": ce.gap.mean, "window_gap": ce.window_gap.mean, "random_gap": ce.random_gap.mean}
 
     recall = report.indexer_recall
+    rates = report.pass_at_1.model_dump(exclude_none=True)
+    over = report.pass_at_1.before_best_temperature.difference
+    rates["over_best_temperature"] = over.model_dump()
     summary: dict[str, Any] = {
-        "pass_at_1": report.pass_at_1.model_dump(),
+        "pass_at_1": rates,
+        "faults": len(report.faults),
         "greedy": {
             "before": report.greedy.before.macro,
             "after": report.greedy.after.macro,

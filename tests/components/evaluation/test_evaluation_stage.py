@@ -71,7 +71,7 @@ class Stage:
     def evaluate(self, before: str, after: str) -> tuple[Pointer, dict[str, Any]]:
         config = EvaluationConfig(
             pairs=len(TASKS), validation_tasks=2, temperatures=[0.5, 1.0], documents=3, validation_documents=3,
-            resamples=300, logprob_trajectories=6,
+            resamples=300, logprob_trajectories=6, curve_tasks=3, curve_samples=4,
         )  # fmt: skip
         inputs = {"tasks": self.tasks, "before": self.pointers[before], "after": self.pointers[after]}
         result = evaluation.run(config, self.context, inputs)
