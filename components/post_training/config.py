@@ -31,6 +31,9 @@ class PostTrainingConfig(BaseModel):
     families: list[str] = Field(
         [], description="environments whose tasks are trained and validated on; empty: all in the task set"
     )
+    token_budget: float = Field(
+        1.0, ge=1, description="factor on the tasks' own limits of turns and tokens, in training and validation"
+    )
     steps: int = Field(90, ge=0, description="rollout batches")
     prompts: int = Field(16, ge=1, description="prompts (groups) per rollout batch")
     group_size: int = Field(12, ge=2, description="rollouts per prompt; the advantage is relative to their mean reward")

@@ -26,7 +26,7 @@ from components.post_training.schedule import SCHEDULES, LocalPool, Pool
 from components.post_training.trainer import Learner
 from components.post_training.training import train
 from components.post_training.worker import RolloutWorker
-from components.runtime.contracts import Pointer, TaskRecord
+from components.runtime.contracts import Limits, Pointer, TaskRecord
 from components.runtime.errors import InputError
 from components.runtime.stage import StageContext, StageResult
 from components.runtime.task_set import read_tasks, read_vocabulary
@@ -101,7 +101,16 @@ def chosen_tasks(directory: Path, config: PostTrainingConfig) -> tuple[list[Task
                     "change post_training.families or synthesis.environments"
                 )
             found[split] = [task for task in tasks if task.environment in config.families]
-    return found["train"], balanced(found["validation"], config.validation_tasks)
+    train, validation = found["train"], balanced(found["validation"], config.validation_tasks)
+    return [with_budget(t, config.token_budget) for t in train], [
+        with_budget(t, config.token_budget) for t in validation
+    ]
+
+
+def with_budget(task: TaskRecord, factor: float) -> TaskRecord:
+    """The task with `factor` times its turns and tokens."""
+    limits = Limits(turns=int(task.limits.turns * factor), tokens=int(task.limits.tokens * factor))
+    return task if factor == 1 else task.model_copy(update={"limits": limits})
 
 
 def installed(names: set[str]) -> dict[str, Environment]:

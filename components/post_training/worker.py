@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from components.environments.chat_format import END
+from components.environments.chat_format import END, prompt_words
 from components.environments.protocol import Environment, Episode, Observation, Verdict
 from components.post_training.config import PostTrainingConfig
 from components.post_training.curation import PromptGroup
@@ -81,13 +81,30 @@ class RolloutWorker:
         self.engine.weight_version = version
 
     def episodes(self, tasks: Sequence[TaskRecord], seeds: Sequence[int]) -> list[EpisodeResult]:
-        """Play each task with its seed. The reward of an episode whose environment raised is NaN."""
+        """Play each task with its seed. The reward is NaN where the environment raised, or the prompt is too long."""
         self.model.eval()
+        unfit = {
+            task.id: reason for task in {task.id: task for task in tasks}.values() if (reason := self._unfit(task))
+        }
+        pairs = list(zip(tasks, seeds, strict=True))
         requests = [
             EpisodeRequest(self.environments[task.environment], task, seed)
-            for task, seed in zip(tasks, seeds, strict=True)
+            for task, seed in pairs
+            if task.id not in unfit
         ]
-        return run_episodes(self.policy, requests)
+        played = iter(run_episodes(self.policy, requests))
+        return [
+            EpisodeResult(task, seed, [], Verdict(math.nan, unfit[task.id]), None, 0, 0, "unfit")
+            if task.id in unfit
+            else next(played)
+            for task, seed in pairs
+        ]
+
+    def _unfit(self, task: TaskRecord) -> str:
+        """Why a task cannot be played; "" when it can."""
+        tokens = len(self.policy.encode(prompt_words(task.messages, task.tools)))
+        limit = min(task.limits.tokens, self.engine.max_sequence_tokens)
+        return "" if tokens < limit else f"{_UNFIT} {tokens} tokens leaves no room in a sequence of {limit}"
 
     def play(self, groups: Sequence[PromptGroup]) -> list[PlayedGroup]:
         """Play all groups at once."""
@@ -109,13 +126,14 @@ def fault_of(episode: EpisodeResult) -> str:
     if not isinstance(reward, (int, float)):
         return f"the reward {reward!r} is no number"
     if not math.isfinite(reward):
-        return episode.verdict.reason if episode.verdict.reason.startswith(_RAISED) else f"the reward is {reward}"
+        known = episode.verdict.reason.startswith((_RAISED, _UNFIT))
+        return episode.verdict.reason if known else f"the reward is {reward}"
     if not 0 <= reward <= 1:
         return f"the reward {reward} lies outside [0, 1]"
     return ""
 
 
-_RAISED = "the environment raised "
+_RAISED, _UNFIT = "the environment raised ", "the prompt of"
 
 
 class _Guarded:

@@ -1,6 +1,7 @@
 """The stage in this process: what is trained on, what is dropped and why, what stops it, what it refuses."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -81,6 +82,30 @@ def test_an_environment_that_raises_spoils_its_group_alone(train, lot):
     _, folder = train(environment=lot(reward=reward))
     (reason,) = [record["reason"] for record in ledger_of(folder) if record["event"] == "dropped"]
     assert reason == "faulty: the environment raised KeyError: 'lost'"
+
+
+def test_a_prompt_that_is_too_long_spoils_its_group_alone(train, monkeypatch):
+    choose = post_training.chosen_tasks
+
+    def shortened(directory, config):
+        tasks, validation = choose(directory, config)
+        limits = tasks[0].limits.model_copy(update={"tokens": 20})
+        return [tasks[0].model_copy(update={"limits": limits}), *tasks[1:6]], validation
+
+    monkeypatch.setattr(post_training, "chosen_tasks", shortened)
+    _, folder = train(steps=2)  # every task once
+    reasons = [record["reason"] for record in ledger_of(folder) if record["event"] == "dropped"]
+    assert len(reasons) == 1
+    assert re.fullmatch(r"faulty: the prompt of \d+ tokens leaves no room in a sequence of 20", reasons[0])
+
+
+def test_the_token_budget_multiplies_limits(inputs):
+    config = PostTrainingConfig(token_budget=2.0)
+    (more, _), (own, _) = (
+        post_training.chosen_tasks(inputs.folder / "tasks", one) for one in (config, PostTrainingConfig())
+    )
+    assert [task.limits.tokens for task in more] == [2 * task.limits.tokens for task in own]
+    assert [task.limits.turns for task in more] == [2 * task.limits.turns for task in own]
 
 
 def test_an_environment_that_fails_always_is_bad_input_and_the_ledger_is_whole(train, lot, tmp_path):
