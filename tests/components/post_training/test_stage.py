@@ -89,14 +89,14 @@ def test_a_prompt_that_is_too_long_spoils_its_group_alone(train, monkeypatch):
 
     def shortened(directory, config):
         tasks, validation = choose(directory, config)
-        limits = tasks[0].limits.model_copy(update={"tokens": 20})
+        limits = tasks[0].limits.model_copy(update={"tokens": 5})
         return [tasks[0].model_copy(update={"limits": limits}), *tasks[1:6]], validation
 
     monkeypatch.setattr(post_training, "chosen_tasks", shortened)
     _, folder = train(steps=2)  # every task once
     reasons = [record["reason"] for record in ledger_of(folder) if record["event"] == "dropped"]
     assert len(reasons) == 1
-    assert re.fullmatch(r"faulty: the prompt of \d+ tokens leaves no room in a sequence of 20", reasons[0])
+    assert re.fullmatch(r"faulty: the prompt of \d+ tokens leaves no room in a sequence of 5", reasons[0])
 
 
 def test_the_token_budget_multiplies_limits(inputs):
