@@ -1,4 +1,4 @@
-"""The command line: `sparseline run`, `compile`, `profiles`, `serve`, `ui`."""
+"""The command line: `sparseline run`, `compile`, `profiles`, `serve`, `verify`, `ui`."""
 
 from __future__ import annotations
 
@@ -92,6 +92,26 @@ def serve(
     from pipelines.run import serve as serve_model
 
     raise typer.Exit(serve_model(local_settings(runs, store), model, ["--host", host, "--port", str(port)]))
+
+
+@app.command()
+def verify(
+    model: Annotated[str, typer.Argument(help="champion, candidate, previous, a version number, or models:/...")],
+    runs: Annotated[Path, RUNS] = Path("runs"),
+    store: Annotated[str, typer.Option(help="the store of the runs, as in `sparseline run`")] = "",
+    name: Annotated[str, typer.Option(help="registered model")] = "sparseline-nano",
+    sample: Annotated[int, typer.Option(min=0, help="episodes to generate again with the checkpoints")] = 32,
+    seed: Annotated[int | None, typer.Option(min=0, help="seed that draws them; default: another each time")] = None,
+) -> None:
+    """Compute a model's evaluation and the gate's verdict again from the recorded evidence."""
+    import secrets
+
+    from pipelines.run import local_settings
+    from pipelines.verify import verify as verify_model
+
+    settings = local_settings(runs, store).model_copy(update={"model": name})
+    drawn = secrets.randbelow(1 << 31) if seed is None else seed
+    raise typer.Exit(verify_model(settings, model, sample=sample, seed=drawn, console=Console()))
 
 
 @app.command()

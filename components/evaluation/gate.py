@@ -106,7 +106,12 @@ def run(config: GateConfig, context: StageContext, inputs: dict[str, Pointer]) -
     directory = context.work_dir / "gate"
     directory.mkdir(exist_ok=True)
     (directory / VERDICT_FILE).write_text(verdict.model_dump_json(indent=1) + "\n")
-    pointer = context.publish("gate", directory, parents=[inputs["evaluation"]], facts={"verdict": verdict.verdict})
+    pointer = context.publish(
+        "gate",
+        directory,
+        parents=[inputs["evaluation"]],
+        facts={"verdict": verdict.verdict, "config": config.model_dump()},
+    )
     for rule in verdict.rules:
         context.progress.note(f"{'holds' if rule.holds else 'FAILS'}: {rule.name}: {rule.explanation}")
     summary = {"verdict": verdict.verdict, "rules": [rule.model_dump() for rule in verdict.rules]}
