@@ -30,6 +30,11 @@ def _die_with_parent(parent: int) -> None:
             os._exit(1)
 
 
+def die_with_parent() -> None:
+    """For the first line of a worker process: the kernel kills it when the thread that started it ends."""
+    _die_with_parent(os.getppid())
+
+
 def start(command: Sequence[str], *, environment: Mapping[str, str] | None = None, **options: Any) -> subprocess.Popen:
     """Start `command` in a session of its own; the kernel kills it when we die, even by SIGKILL.
 

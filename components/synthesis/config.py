@@ -52,3 +52,4 @@ class SynthesisConfig(BaseModel):
     )
     mutants: int = Field(default=12, ge=1, description="mutated solutions that the battery plays per task")
     random_plays: int = Field(default=3, ge=1, description="plays of the random player per task")
+    workers: int = Field(default=0, ge=0, description="processes that make families side by side; 0 = one per core")

@@ -7,16 +7,22 @@ Everything follows from the run's seed: the same seed, configuration and code gi
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import random
 import shutil
+import signal
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from components.environments.chat_format import conversation_words
 from components.runtime.contracts import Demonstration, Document, Pointer, TaskRecord
 from components.runtime.errors import InputError
+from components.runtime.processes import die_with_parent
 from components.runtime.stage import StageContext, StageResult
 from components.runtime.task_set import BATTERY, write_task_set
 from components.synthesis.battery import Battery, constant_submissions
@@ -26,6 +32,7 @@ from components.synthesis.family import Family, Split, document_of, load_family
 from components.synthesis.splits import draw_template, groups_of_templates, kinds_of_template, split_templates
 from components.synthesis.tasks import make_tasks
 
+_PROGRESS_SECONDS = 0.25
 _PROBE_TASKS = 500  # tasks from which the constant player learns its answers
 
 
@@ -35,29 +42,14 @@ def run(config: SynthesisConfig, context: StageContext, inputs: dict[str, Pointe
     Raises InputError when a family is not installed, or cannot give what the configuration asks for.
     """
     families = [load_family(name) for name in config.environments]
-    played = config.demonstrations + config.validation_demonstrations
-    texts = config.documents + config.validation_documents + config.test_documents
-    total = sum(
-        config.train_tasks + config.validation_tasks + config.test_tasks + played
-        + (config.long_tasks if family.long_templates() else 0) + (texts if document_of(family) else 0)
-        for family in families
-    )  # fmt: skip
-    done = 0
-
-    def tick() -> None:
-        nonlocal done
-        done += 1
-        context.progress.update(done, total, {})
-
     tasks: list[TaskRecord] = []
     long_tasks: list[TaskRecord] = []
     demonstrations: list[Demonstration] = []
     documents: list[Document] = []
     vocabulary: set[str] = set()
     reports: dict[str, Any] = {}
-    for family in families:
+    for family, made in zip(families, make_families(families, config, context), strict=True):
         vocabulary.update(family.vocabulary())
-        made = _make_family(family, config, context.seed, tick)
         tasks += made.tasks
         long_tasks += made.long_tasks
         demonstrations += made.demonstrations
@@ -83,19 +75,78 @@ def run(config: SynthesisConfig, context: StageContext, inputs: dict[str, Pointe
     return StageResult({"tasks": pointer}, summary)
 
 
-class _Made:
+@dataclass
+class Made:
     """What one family gave."""
 
-    def __init__(self) -> None:
-        self.tasks: list[TaskRecord] = []
-        self.long_tasks: list[TaskRecord] = []
-        self.demonstrations: list[Demonstration] = []
-        self.documents: list[Document] = []
-        self.report: dict[str, Any] = {}
+    tasks: list[TaskRecord] = field(default_factory=list)
+    long_tasks: list[TaskRecord] = field(default_factory=list)
+    demonstrations: list[Demonstration] = field(default_factory=list)
+    documents: list[Document] = field(default_factory=list)
+    report: dict[str, Any] = field(default_factory=dict)
 
 
-def _make_family(family: Family, config: SynthesisConfig, seed: int, tick: Callable[[], None]) -> _Made:
-    made = _Made()
+def work_of(family: Family, config: SynthesisConfig) -> int:
+    """How many records the family shall give."""
+    played = config.demonstrations + config.validation_demonstrations
+    texts = config.documents + config.validation_documents + config.test_documents
+    tasks = config.train_tasks + config.validation_tasks + config.test_tasks
+    return (
+        tasks + played + (config.long_tasks if family.long_templates() else 0) + (texts if document_of(family) else 0)
+    )
+
+
+def make_families(families: Sequence[Family], config: SynthesisConfig, context: StageContext) -> list[Made]:
+    """What each family gives, in their order. Families are made side by side; the number of workers changes nothing."""
+    total = sum(work_of(family, config) for family in families)
+    workers = min(config.workers or len(os.sched_getaffinity(0)), len(families))
+    if workers == 1:
+        done = 0
+
+        def tick() -> None:
+            nonlocal done
+            done += 1
+            context.progress.update(done, total, {})
+
+        return [make_family(family, config, context.seed, tick) for family in families]
+    spawn = multiprocessing.get_context("spawn")
+    counter = spawn.Value("L", 0)
+    with ProcessPoolExecutor(workers, spawn, _begin_worker, (counter,)) as pool:
+        waiting = {pool.submit(_make_in_worker, family.name, config, context.seed): family.name for family in families}
+        results: dict[str, Made] = {}
+        while waiting:
+            ended, _ = wait(waiting, timeout=_PROGRESS_SECONDS, return_when=FIRST_COMPLETED)
+            context.progress.update(counter.value, total, {})
+            for future in ended:
+                try:
+                    results[waiting.pop(future)] = future.result()
+                except BaseException:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
+    return [results[family.name] for family in families]
+
+
+_counter: Any = None  # of a worker process: records made by all of them
+
+
+def _begin_worker(counter: Any) -> None:
+    global _counter
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's decision
+    _counter = counter
+
+
+def _make_in_worker(name: str, config: SynthesisConfig, seed: int) -> Made:
+    def tick() -> None:
+        with _counter.get_lock():
+            _counter.value += 1
+
+    return make_family(load_family(name), config, seed, tick)
+
+
+def make_family(family: Family, config: SynthesisConfig, seed: int, tick: Callable[[], None]) -> Made:
+    """All records of one family. Raises InputError when it cannot give what the configuration asks for."""
+    made = Made()
     held_out = (config.validation_templates, config.test_templates)
     if len(groups_of_templates(family, family.templates())) < len(family.templates()):
         held_out = (config.validation_environments, config.test_environments)

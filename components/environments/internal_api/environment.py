@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 from components.environments import scripted
 from components.environments.internal_api import teachers
@@ -33,9 +34,9 @@ _ATTEMPTS = 50
 class ApiEpisode(LookupEpisode):
     """Remembers what was run: the answer has to come out of a program of documented, not deprecated calls."""
 
-    def __init__(self, task: TaskRecord, library: Library) -> None:
+    def __init__(self, task: TaskRecord, library: Library, run: Callable[[str, str], str] = run_program) -> None:
         super().__init__(task, library.digest, self._answer)
-        self.library = library
+        self.library, self.run = library, run
         self.printed: list[tuple[list[str], str]] = []
 
     def _answer(self, name: str, values: tuple[str, ...]) -> str:
@@ -44,7 +45,7 @@ class ApiEpisode(LookupEpisode):
         if name == "doc":
             function = self.library.functions.get(values[0])
             return function.documentation if function else "error unknown function"
-        reply = run_program(self.library.source, values[0])
+        reply = self.run(self.library.source, values[0])
         self.printed.append((called(values[0]), reply))
         return reply
 
@@ -124,7 +125,9 @@ class InternalApi:
             verifier = {**task.verifier, "kind": self.name, "lookups": task.verifier["lookups"][:-1], "calls": names}
             task = task.model_copy(update={"verifier": verifier})
             task = task.model_copy(update={"id": task.identity()})
-            if scripted.fits(self.play(task, teachers.CAREFUL, rng), limits):
+            # how long the careful teacher's conversation is does not depend on the number that is printed
+            episode = ApiEpisode(task, library, run=lambda *_, printed=str(result): printed)
+            if scripted.fits(teachers.play(episode, teachers.CAREFUL, rng), limits):
                 return task
         raise RuntimeError(f"{self.name}: no task of template {template!r} with seed {seed} fits {limits}")
 
