@@ -22,7 +22,7 @@ TRAINING = ("pretraining", "post_training")
 def write(directory: Path, summary: Mapping[str, Any], watch: RunWatch, store: ObjectStore) -> Path:
     """Write `report.html` into the run's folder. Draws whatever the run got to. Returns its path."""
     evaluation = read_evaluation(watch, store)
-    figures = [*training_figures(watch), *evaluation_figures(evaluation)]
+    figures = [*training_figures(watch), *compute_figures(watch, evaluation), *evaluation_figures(evaluation)]
     parts = [tiles(headline(summary))]
     if figures:
         parts += ["<h2>Plots</h2>", f'<div class="figures">{"".join(figures)}</div>']
@@ -35,6 +35,11 @@ def write(directory: Path, summary: Mapping[str, Any], watch: RunWatch, store: O
         for stage in summary["stages"]
     ]
     parts += ["<h2>Stages</h2>", html_table(["stage", "time", "key numbers"], rows, numbers=[1])]
+    families = look_up(evaluation, "pass_at_1.families")
+    if families:
+        header = ["family", "before (Wilson)", "after (Wilson)", "difference (paired)", "p", "p, Holm"]
+        told = [family_row(name, rates) for name, rates in families.items()]
+        parts += ["<h2>Families</h2>", html_table(header, told, numbers=[1, 2, 3, 4, 5])]
     rules = (summary.get("gate") or {}).get("rules", [])
     if rules:
         told = [["holds" if rule["holds"] else "fails", rule["name"], rule["explanation"]] for rule in rules]
@@ -72,6 +77,15 @@ def headline(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
                 f"difference, interval {difference['low']:+.2f} to {difference['high']:+.2f}",
             )
         )
+    over = look_up(summary, "pass_at_1.over_best_temperature")
+    if over:
+        told = f"over the model before RL at its best temperature, {over['low']:+.2f} to {over['high']:+.2f}"
+        found.append((f"{over['mean']:+.2f}", told))
+    unseen = look_up(summary, "pass_at_1.unseen_environments")
+    if unseen:
+        gain = unseen["difference"]
+        told = f"on {unseen['environments']} unseen environments, {gain['low']:+.2f} to {gain['high']:+.2f}"
+        found.append((f"{gain['mean']:+.2f}", told))
     recall = look_up(summary, "indexer_recall")
     if isinstance(recall, (int, float)):
         found.append((f"{recall:.3f}", "indexer recall of the word that answers"))
@@ -126,6 +140,51 @@ def is_about(name: str, words: tuple[str, ...]) -> bool:
     """Whether a curve's name has one of the words as a part: `sparse/lm_loss` is about `loss`, `scale` not `ce`."""
     parts = name.lower().replace("/", "_").replace(".", "_").replace("@", "_").split("_")
     return any(word in parts or ("_" in word and word in name.lower()) for word in words)
+
+
+def family_row(name: str, rates: Mapping[str, Any]) -> list[str]:
+    """A family's line of the table: rates with Wilson intervals, the paired difference, p-values."""
+    sides = [rates["before_wilson"], rates["after_wilson"]]
+    difference = rates["difference"]
+    return [
+        name,
+        *(f"{side['mean']:.3f} ({side['low']:.3f} to {side['high']:.3f})" for side in sides),
+        f"{difference['mean']:+.3f} ({difference['low']:+.3f} to {difference['high']:+.3f})",
+        f"{rates['p_value']:.2g}",
+        f"{rates['p_adjusted']:.2g}",
+    ]
+
+
+def compute_figures(watch: RunWatch, evaluation: Mapping[str, Any]) -> list[str]:
+    """What compute buys: validation pass@1 against rollouts of RL, pass@1 against tokens, pass@k against k."""
+    figures = []
+    curve = validation_by_rollouts(read_metrics(watch.stage_directory("post_training")))
+    if len(curve) > 1:
+        figures.append(
+            line_figure(
+                "RL compute", {"validation pass@1": curve}, x="rollouts trained on", y="share of episodes passed"
+            )
+        )
+    compute = evaluation.get("compute") or {}
+    for title, key, x in (
+        ("Test-time compute: pass@1 within a token budget", "budget", "tokens of an episode at most"),
+        ("Test-time compute: pass@k", "pass_at_k", "k, episodes of a task"),
+    ):
+        curves = {
+            f"{player} RL": [(point["x"], point["rate"]["mean"]) for point in points]
+            for player, points in (compute.get(key) or {}).items()
+        }
+        if curves:
+            figures.append(line_figure(title, curves, x=x, y="share of tasks passed"))
+    return figures
+
+
+def validation_by_rollouts(curves: Mapping[str, Sequence[tuple[int, float]]]) -> list[tuple[float, float]]:
+    """(rollouts trained on until then, validation pass@1) of post-training; empty when it recorded no such numbers."""
+    trained, rates = curves.get("rl/trained_rollouts", []), curves.get("rl/validation_pass_at_1", [])
+    if not trained:
+        return []
+    return [(sum(number for at, number in trained if at <= step), rate) for step, rate in rates]
 
 
 def evaluation_figures(evaluation: Mapping[str, Any]) -> list[str]:

@@ -34,6 +34,8 @@ KEY_NUMBERS: dict[str, list[tuple[str, str]]] = {
         ("pass@1 before", "pass_at_1.before.macro"),
         ("after", "pass_at_1.after.macro"),
         ("difference", "pass_at_1.difference.mean"),
+        ("over best temperature", "pass_at_1.over_best_temperature.mean"),
+        ("on unseen environments", "pass_at_1.unseen_environments.difference.mean"),
         ("indexer recall", "indexer_recall"),
         ("sparse - dense CE", "ce.gap"),
     ],
