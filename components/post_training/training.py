@@ -126,9 +126,10 @@ def batch_metrics(batch: Batch) -> dict[str, float]:
     episodes = [episode for group in sound for episode in group.episodes]
     count = max(1, len(episodes))
     trained = sum(len(group.episodes) for group in batch.groups)
+    alike = sum(len({episode.verdict.reward for episode in group.episodes}) == 1 for group in sound)
     values = {
         "rl/reward": _mean_reward(sound),
-        "rl/zero_variance_groups": 1 - len(batch.groups) / max(1, len(sound)),
+        "rl/zero_variance_groups": alike / max(1, len(sound)),
         "rl/faulty_groups": len(batch.played) - len(sound),
         "rl/trajectory_tokens": sum(len(e.trajectory) for e in episodes if e.trajectory) / count,
         "rl/turns": sum(episode.turns for episode in episodes) / count,
