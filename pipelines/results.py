@@ -65,12 +65,18 @@ def collect(profile: str, directories: Sequence[Path], command: str) -> dict[str
 ROWS: dict[str, str] = {
     "held-out pass@1 before RL, T = 1": "pass_at_1.before.macro",
     "held-out pass@1 after RL, T = 1": "pass_at_1.after.macro",
-    "difference": "pass_at_1.difference.mean",
-    "its 95% interval, low": "pass_at_1.difference.low",
-    "its 95% interval, high": "pass_at_1.difference.high",
-    "pass@1 before RL at its best temperature": "pass_at_1.before_best_temperature.test.macro",
+    "difference": "pass_at_1.difference",
+    "before RL at its best temperature": "pass_at_1.before_best_temperature.test.macro",
+    "difference from that": "pass_at_1.over_best_temperature",
     "greedy before RL": "greedy.before",
     "greedy after RL": "greedy.after",
+    "`kg_query`, difference": "pass_at_1.families.kg_query.difference",
+    "`ledger_tieout`, difference": "pass_at_1.families.ledger_tieout.difference",
+    "`trip_planning`, difference": "pass_at_1.families.trip_planning.difference",
+    "`internal_api`, difference": "pass_at_1.families.internal_api.difference",
+    "unseen environments before RL": "pass_at_1.unseen_environments.before.macro",
+    "unseen environments after RL": "pass_at_1.unseen_environments.after.macro",
+    "difference on unseen environments": "pass_at_1.unseen_environments.difference",
     "cross-entropy, sparse minus dense, nats": "ce.gap",
     "the same on answers": "ce.answers.gap",
     "recency window minus dense, on answers": "ce.answers.window_gap",
@@ -90,6 +96,8 @@ def markdown(document: dict[str, Any]) -> str:
         value: Any = run
         for key in ROWS[name].split("."):
             value = value[key]
+        if isinstance(value, dict):  # an interval
+            return f"{value['mean']:+.3f} ({value['low']:+.3f} to {value['high']:+.3f})"
         scale = {"wall_seconds": 1 / 60, "peak_rss_bytes": 1e-9}.get(ROWS[name], 1.0)
         return f"{value:.1e}" if name.endswith("probability gap") else f"{value * scale:.{1 if scale != 1 else 3}f}"
 

@@ -43,7 +43,7 @@ def run(config: EvaluationConfig, context: StageContext, inputs: dict[str, Point
         for player in (before, after):
             games.play(player, tasks, name, temperature)
     _best_temperature(games, before, task_set, tasks, bootstrap)
-    few = first_of_each_family(tasks, config.curve_tasks)
+    few = first_of_each_family(of_main_measure(tasks, config.separate), config.curve_tasks)
     long = first_of_each_family(read_long_tasks(task_set), config.long_tasks)
     for player in (before, after):
         games.play(player, few, "samples", SAMPLED, config.curve_samples)
@@ -87,6 +87,11 @@ def first_of_each_family(tasks: Sequence[TaskRecord], number: int) -> list[TaskR
         if len(of_family) < number:
             of_family.append(task)
     return [task for family in sorted(taken) for task in taken[family]]
+
+
+def of_main_measure(tasks: Sequence[TaskRecord], separate: Sequence[str]) -> list[TaskRecord]:
+    """The tasks of the families that the macro mean is over; all of them where there are no others."""
+    return [task for task in tasks if task.environment not in separate] or list(tasks)
 
 
 class _Games:
@@ -136,7 +141,9 @@ def _best_temperature(
     games: _Games, before: Player, task_set: Path, tasks: Sequence[TaskRecord], bootstrap: Bootstrap
 ) -> None:
     """The model before RL at its best validation temperature, so that RL is not credited for a sharper distribution."""
-    validation = first_of_each_family(read_tasks(task_set, "validation"), games.config.validation_tasks)
+    validation = first_of_each_family(
+        of_main_measure(read_tasks(task_set, "validation"), games.config.separate), games.config.validation_tasks
+    )
     for temperature in dict.fromkeys(games.config.temperatures):
         games.play(before, validation, "validation", temperature)
     best = best_temperature(games.items, bootstrap, games.config.separate)
