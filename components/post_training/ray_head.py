@@ -58,11 +58,23 @@ def main() -> None:
 def end_children(seconds: float = 3.0) -> None:
     """Kill all descendants, and those that they still start meanwhile."""
     deadline = time.monotonic() + seconds
-    while (children := psutil.Process().children(recursive=True)) and time.monotonic() < deadline:
+    while (children := _living_children()) and time.monotonic() < deadline:
         for child in children:
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.kill()
-        psutil.wait_procs(children, timeout=0.2)
+        time.sleep(0.02)
+        with contextlib.suppress(ChildProcessError):  # reap what ended, orphans of Ray's processes too
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+
+
+def _living_children() -> list[psutil.Process]:
+    living = []
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if child.status() != psutil.STATUS_ZOMBIE:
+                living.append(child)
+    return living
 
 
 if __name__ == "__main__":
