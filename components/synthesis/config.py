@@ -52,4 +52,13 @@ class SynthesisConfig(BaseModel):
     )
     mutants: int = Field(default=12, ge=1, description="mutated solutions that the battery plays per task")
     random_plays: int = Field(default=3, ge=1, description="plays of the random player per task")
+    player_tasks: int = Field(
+        default=100, ge=1, description="held-out tasks per family that the players without a model play for the report"
+    )
+    near_duplicate: float = Field(
+        default=0.8,
+        gt=0,
+        le=1,
+        description="Jaccard similarity of word shingles from which two tasks of different splits are near-duplicates",
+    )
     workers: int = Field(default=0, ge=0, description="processes that make families side by side; 0 = one per core")

@@ -10,13 +10,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
-import shutil
 import signal
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from components.environments.chat_format import conversation_words
@@ -29,6 +27,9 @@ from components.synthesis.battery import Battery, constant_submissions
 from components.synthesis.config import SynthesisConfig
 from components.synthesis.demonstrations import make_demonstrations
 from components.synthesis.family import Family, Split, document_of, load_family
+from components.synthesis.near_duplicates import ngram_overlap, remove_near_duplicates
+from components.synthesis.players import play_all
+from components.synthesis.report import write_report
 from components.synthesis.splits import draw_template, groups_of_templates, kinds_of_template, split_templates
 from components.synthesis.tasks import make_tasks
 
@@ -69,8 +70,9 @@ def run(config: SynthesisConfig, context: StageContext, inputs: dict[str, Pointe
     )
     summary = _summary(tasks, long_tasks, demonstrations, documents, reports)
     context.tracker.metrics({name: value for name, value in summary.items() if isinstance(value, (int, float))}, 0)
-    if context.tracker.directory:  # the scratch folder is gone before the tracking server has read everything
-        context.tracker.artifact(Path(shutil.copy(directory / BATTERY, context.tracker.directory)))
+    page = write_report(context.work_dir, summary, reports, families, tasks)
+    for file in (directory / BATTERY, page):
+        context.tracker.artifact(file)
     pointer = context.publish("task-set", directory, facts=summary)
     return StageResult({"tasks": pointer}, summary)
 
@@ -172,7 +174,13 @@ def make_family(family: Family, config: SynthesisConfig, seed: int, tick: Callab
     if document:
         made.documents = _make_documents(family.name, document, config, seed, tick)
 
+    overlap = ngram_overlap(made.tasks)
+    made.tasks, lost = remove_near_duplicates(made.tasks, config.near_duplicate)
     made.report = battery.report()
+    made.report["near_duplicates"] = {"removed": lost, "test_sharing_13_words_with_train": overlap}
+    made.report["players"] = play_all(
+        family, [task for task in made.tasks if task.split == "test"][: config.player_tasks]
+    )
     made.report["templates"] = {split: len(names) for split, names in splits.items()}
     made.report["templates_in_two_splits"] = _shared_templates(made.tasks + made.long_tasks)
     if made.report["templates_in_two_splits"]:
@@ -255,6 +263,14 @@ def _summary(
         "battery_removed": {
             check: sum(report["removed"][check] for report in reports.values())
             for check in next(iter(reports.values()))["removed"]
+        },
+        "near_duplicates": {
+            split: sum(report["near_duplicates"]["removed"][split] for report in reports.values())
+            for split in ("test", "validation", "train")
+        },
+        "families": {
+            name: {player: numbers["pass_at_1"] for player, numbers in report["players"].items()}
+            for name, report in reports.items()
         },
         "mutants_failed_share": min(report["mutants_failed_share"] for report in reports.values()),
     }
