@@ -84,7 +84,7 @@ ROWS: dict[str, str] = {
 
 
 def rows(runs: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """What the table shows: `ROWS`, and where the runs had several families each of them and the unseen environments."""
+    """What the table shows: `ROWS`; where the runs had several families, each of them, and the unseen environments."""
     names = sorted(runs[0]["pass_at_1"]["families"])
     more = (
         {f"`{name}`, difference": f"pass_at_1.families.{name}.difference" for name in names} if len(names) > 1 else {}

@@ -130,3 +130,15 @@ class Sandbox:
         with self._lock:
             if self._owner == os.getpid():
                 self._stop()
+
+
+def refusal() -> str:
+    """Why the sandbox cannot start on this machine; "" where it can."""
+    box = Sandbox()
+    try:
+        box.run("")
+    except InputError as error:
+        return str(error)
+    finally:
+        box.close()
+    return ""
