@@ -55,11 +55,21 @@ def run(
 @app.command("compile")
 def compile_(
     profile: Annotated[str, typer.Option(help="profile by name, or a .yaml file")] = "nano",
-    output: Annotated[Path, typer.Option(help="the file to write")] = Path("pipeline.yaml"),
+    output: Annotated[Path, typer.Option(help="the file to write; with --all, the folder")] = Path("pipeline.yaml"),
     set_: Annotated[list[str] | None, typer.Option("--set", help="STAGE.KEY=VALUE, over the profile")] = None,
+    all_: Annotated[bool, typer.Option("--all", help="every profile, for a cluster, into a folder")] = False,
 ) -> None:
     """Write the training pipeline as KFP v2 YAML."""
     from pipelines import profiles
+
+    if all_:
+        if set_:
+            raise InputError("--all takes no --set: what a cluster runs stands in the profiles")
+        from pipelines.cluster import compile_all
+
+        with errors.disk_errors(output):
+            print(*compile_all(output), sep="\n")
+        return
 
     configurations = profiles.resolve(profiles.override(profiles.load(profile), set_ or []))
     from pipelines.training import compile_pipeline

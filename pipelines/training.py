@@ -9,6 +9,7 @@ of the compiled file, so both are part of every task's cache key; what differs f
 
 # No `from __future__ import annotations` here: KFP reads the annotations of the pipeline function as types.
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,17 @@ def constants(configurations: dict[str, dict[str, Any]], root: Path = ROOT) -> d
     }
 
 
-def training_pipeline(configurations: dict[str, dict[str, Any]]) -> Any:
-    """The pipeline for these resolved configurations (`profiles.resolve`)."""
-    baked = constants(configurations)
+def training_pipeline(
+    configurations: dict[str, dict[str, Any]],
+    baked: dict[str, dict[str, str]] | None = None,
+    prepare: Callable[[str, Any], None] = lambda stage, task: None,
+) -> Any:
+    """The pipeline for these resolved configurations (`profiles.resolve`).
+
+    `baked`: the constants of the tasks, where they are not those of `constants`. `prepare(stage, task)` is called for
+    every task, to give it what it needs on a cluster.
+    """
+    baked = baked or constants(configurations)
 
     @dsl.pipeline(name=NAME, description=DESCRIPTION)
     def training(seed: int, base_checkpoint: str = "", champion: str = "", champion_version: str = "") -> None:
@@ -95,6 +104,20 @@ def training_pipeline(configurations: dict[str, dict[str, Any]]) -> Any:
             served = serving(**baked["serving"], seed=seed, tasks=tasks, checkpoint=after)
             served.set_display_name("Serving check")
             served.after(moved)
+
+        tasks_of = {
+            "synthesis": made,
+            "pretraining": pretrained,
+            "post_training": trained,
+            "evaluation": judged,
+            "champion": compared,
+            "gate": decided,
+            "rejected": ended,
+            "promotion": moved,
+            "serving": served,
+        }
+        for stage, task in tasks_of.items():
+            prepare(stage, task)
 
     return training
 

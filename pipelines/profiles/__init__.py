@@ -25,6 +25,9 @@ class Profile(BaseModel):
     description: str = Field(description="one sentence: what the profile is for, and how long it takes where")
     model: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$", description="name of the registered model")
     stages: dict[str, dict[str, Any]] = Field(default_factory=dict, description="configuration by stage")
+    cluster: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="resources on a cluster: `default`, and by stage (`pipelines.cluster`)"
+    )
 
 
 def names() -> list[str]:

@@ -1,0 +1,168 @@
+"""What a task needs on a cluster, and the pipelines as files for one.
+
+    sparseline compile --all --output manifests/pipelines
+
+For every profile: `<profile>/pipeline.yaml`, to upload in the KFP UI, and `<profile>/resources.yaml`, the same pipeline
+as Pipeline and PipelineVersion for a KFP that keeps pipelines as custom resources. Versions cannot be changed there, so
+a version is named by the hash of its content.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from kfp import compiler, kubernetes
+from kfp.compiler.compiler_utils import KubernetesManifestOptions
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from components.runtime.errors import InputError
+from components.runtime.image import IMAGE
+from pipelines import profiles
+from pipelines.stages import STAGES
+from pipelines.training import training_pipeline
+
+USER = 10001  # the numeric user of the images
+SETTINGS, STORE_SECRET = "sparseline-settings", "sparseline-store"  # in the namespace in which a pipeline runs
+SETTING_NAMES = (
+    "SPARSELINE_STORE", "SPARSELINE_S3_ENDPOINT", "AWS_REGION", "MLFLOW_TRACKING_URI", "MLFLOW_DISABLE_TELEMETRY",
+    "DO_NOT_TRACK", "RAY_USAGE_STATS_ENABLED",
+)  # fmt: skip
+PROXY_NAMES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
+
+
+class Toleration(BaseModel):
+    """A toleration, as in a pod."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    key: str
+    operator: str = Field(default="Exists", pattern="^(Exists|Equal)$")
+    value: str | None = None
+    effect: str | None = Field(default=None, pattern="^(NoSchedule|PreferNoSchedule|NoExecute)$")
+
+
+class TaskResources(BaseModel):
+    """What one task asks of the cluster."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    cpu: str = Field(default="2", pattern=r"^[0-9]+(\.[0-9]+)?m?$", description="CPUs, requested and at most")
+    memory: str = Field(default="4Gi", pattern=r"^[0-9]+(Mi|Gi|Ti)$", description="memory, requested and at most")
+    gpus: int = Field(default=0, ge=0, description="GPUs")
+    gpu_resource: str = Field(default="nvidia.com/gpu", description="the name under which nodes offer GPUs")
+    scratch: str = Field(default="10Gi", pattern=r"^[0-9]+(Mi|Gi|Ti)$", description="room in /tmp")
+    node_selector: dict[str, str] = Field(default_factory=dict, description="labels that the node must have")
+    tolerations: list[Toleration] = Field(default_factory=list)
+    queue: str = Field(default="", description="Kueue LocalQueue of the pod; empty: none")
+    retries: int = Field(default=0, ge=0, description="how often a failed task is tried again")
+    timeout: int = Field(default=86400, ge=60, description="seconds after which the task is ended")
+
+
+def task_resources(cluster: dict[str, dict[str, Any]]) -> dict[str, TaskResources]:
+    """The resources of every stage: `default`, and over it what stands under the stage's name.
+
+    Raises InputError that names every wrong key or value.
+    """
+    unknown = set(cluster) - {"default", *STAGES}
+    if unknown:
+        raise InputError(f"cluster: unknown stage {', '.join(sorted(unknown))}; there are default, {', '.join(STAGES)}")
+    found = {}
+    for name in STAGES:
+        try:
+            found[name] = TaskResources.model_validate({**cluster.get("default", {}), **cluster.get(name, {})})
+        except ValidationError as error:
+            problems = "\n".join(f"  {'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
+            raise InputError(f"the cluster settings of {name} are wrong:\n{problems}") from error
+    return found
+
+
+def prepare(resources: dict[str, TaskResources], model: str) -> Callable[[str, Any], None]:
+    """A function that gives a task of the pipeline its resources, its surroundings and its security context."""
+
+    def give(stage: str, task: Any) -> None:
+        wanted = resources[stage]
+        task.set_cpu_request(wanted.cpu).set_cpu_limit(wanted.cpu)
+        task.set_memory_request(wanted.memory).set_memory_limit(wanted.memory)
+        if wanted.gpus:
+            task.set_accelerator_type(wanted.gpu_resource).set_accelerator_limit(wanted.gpus)
+        if wanted.retries:
+            task.set_retry(num_retries=wanted.retries, backoff_duration="30s", backoff_factor=2.0)
+        if not re.search(r"@sha256:[0-9a-f]{64}$", IMAGE):
+            task.set_caching_options(False)  # a tag does not tell which code made a cached result
+        for name, value in {"HOME": "/tmp", "SPARSELINE_RUNS": "/tmp/runs", "SPARSELINE_MODEL": model}.items():
+            task.set_env_variable(name, value)
+        kubernetes.use_config_map_as_env(task, SETTINGS, {name: name for name in SETTING_NAMES})
+        kubernetes.use_config_map_as_env(task, SETTINGS, {name: name for name in PROXY_NAMES}, optional=True)
+        keys = {"accesskey": "AWS_ACCESS_KEY_ID", "secretkey": "AWS_SECRET_ACCESS_KEY"}
+        kubernetes.use_secret_as_env(task, STORE_SECRET, keys)
+        # KFP labels every pod of a run with the run's id: all stages of a run share one.
+        kubernetes.use_field_path_as_env(task, "SPARSELINE_RUN_ID", "metadata.labels['pipeline/runid']")
+        kubernetes.set_security_context(task, run_as_user=USER, run_as_group=USER, run_as_non_root=True)
+        kubernetes.empty_dir_mount(task, "tmp", "/tmp", size_limit=wanted.scratch)
+        kubernetes.set_timeout(task, wanted.timeout)
+        for key, value in wanted.node_selector.items():
+            kubernetes.add_node_selector(task, key, value)
+        for one in wanted.tolerations:
+            kubernetes.add_toleration(task, one.key, one.operator, one.value, one.effect)
+        if wanted.queue:
+            kubernetes.add_pod_label(task, "kueue.x-k8s.io/queue-name", wanted.queue)
+
+    return give
+
+
+def without_versions(text: str) -> str:
+    """The compiled text without the version of the compiler, which says nothing of the pipeline."""
+    return re.sub(r"(?m)^(\s*)sdkVersion: .*\n", "", text)
+
+
+def compile_profile(profile: str, directory: Path) -> None:
+    """Write one profile's pipeline into `directory`."""
+    loaded = profiles.load(profile)
+    configurations = profiles.resolve(loaded)
+    # On a cluster the image is the code.
+    baked = {name: {"config": json.dumps(configurations[name], sort_keys=True), "code": IMAGE} for name in STAGES}
+    pipeline = training_pipeline(
+        configurations, baked=baked, prepare=prepare(task_resources(loaded.cluster), loaded.model)
+    )
+    name = f"sparseline-training-{profile}"
+    directory.mkdir(parents=True, exist_ok=True)
+    compiled = directory / "pipeline.yaml"
+    compiler.Compiler().compile(pipeline, str(compiled), pipeline_name=name)
+    version = f"{name}-{hashlib.sha256(without_versions(compiled.read_text()).encode()).hexdigest()[:12]}"
+    resources = directory / "resources.yaml"
+    options = KubernetesManifestOptions(
+        pipeline_name=name,
+        pipeline_display_name=f"Sparseline training, {profile}",
+        pipeline_version_name=version,
+        pipeline_version_display_name=version,
+        include_pipeline_manifest=True,
+    )
+    compiler.Compiler().compile(
+        pipeline,
+        str(resources),
+        pipeline_name=name,
+        kubernetes_manifest_format=True,
+        kubernetes_manifest_options=options,
+    )
+
+
+def compile_all(output: Path) -> list[Path]:
+    """Write the pipelines of all profiles and a kustomization.yaml into `output`; what was there is replaced."""
+    names = profiles.names()
+    for name in names:
+        shutil.rmtree(output / name, ignore_errors=True)
+        compile_profile(name, output / name)
+    kustomization = {
+        "apiVersion": "kustomize.config.k8s.io/v1beta1",
+        "kind": "Kustomization",
+        "resources": [f"{name}/resources.yaml" for name in names],
+    }
+    (output / "kustomization.yaml").write_text(yaml.safe_dump(kustomization, sort_keys=False))
+    return [output / name for name in names]
