@@ -6,6 +6,9 @@
 #   make test       all tests
 #   make check      lint, types and the fast tests
 #   make ui         MLflow on the runs of this machine
+#   make images     container images, by buildah, podman or docker (BASE_IMAGE=, REGISTRY=)
+#   make pin        the base image's digest into components/Containerfile, or of IMAGE=registry/name:tag
+#   make check-manifests   chart, overlays and compiled pipelines: schemas, policy, drift
 
 PYTHON ?= python3
 PROFILE ?= nano
@@ -48,3 +51,31 @@ fast-tests:
 
 ui: install
 	$(BIN)/sparseline ui --port $(PORT)
+
+REGISTRY ?=
+VERSION ?= 0.1.0
+BASE_IMAGE ?=
+BUILDER ?= $(firstword $(foreach tool,buildah podman docker,$(if $(shell command -v $(tool)),$(tool))))
+BUILD := $(BUILDER) build
+PREFIX := $(if $(REGISTRY),$(REGISTRY)/)sparseline-
+REVISION := $(shell git rev-parse --short HEAD 2>/dev/null || echo unknown)
+STAGES := synthesis pretraining post_training evaluation serving
+
+.PHONY: images pin check-manifests
+
+images:
+	@test -n "$(BUILDER)" || { echo "make images needs buildah, podman or docker" >&2; exit 2; }
+	$(BUILD) --file components/Containerfile --tag $(PREFIX)python:$(VERSION) $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) \
+	  $(if $(PIP_EXTRA_INDEX_URL),--build-arg PIP_EXTRA_INDEX_URL=$(PIP_EXTRA_INDEX_URL)) \
+	  --build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) .
+	for stage in $(STAGES); do \
+	  $(BUILD) --file components/$$stage/Containerfile --tag $(PREFIX)$$(echo $$stage | tr _ -):$(VERSION) \
+	    --build-arg SHARED_IMAGE=$(PREFIX)python:$(VERSION) components/$$stage || exit 1; \
+	done
+
+pin:
+	@$(PYTHON) components/pin.py $(IMAGE)
+
+check-manifests: install
+	@$(BIN)/python tests/manifests/tools.py
+	$(TEST) tests/manifests
