@@ -1,0 +1,54 @@
+"""Helm and Kustomize, built from the pinned Go modules in tools/ into a cache outside the repository.
+
+python tests/manifests/tools.py     # builds what is missing, and prints where it lies
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+MODULES = Path(__file__).resolve().parent / "tools"
+NAMES = ("helm", "kustomize")
+
+
+class Unavailable(Exception):
+    """The tool is not here and cannot be built."""
+
+
+def cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparseline" / "tools"
+
+
+def tool(name: str) -> Path:
+    """The program of tools/<name>, built when the cache lacks it. Raises Unavailable where there is no Go for that."""
+    module = MODULES / name
+    pinned = hashlib.sha256((module / "go.mod").read_bytes() + (module / "go.sum").read_bytes()).hexdigest()[:16]
+    program = cache() / f"{name}-{pinned}"
+    if program.is_file():
+        return program
+    if shutil.which("go") is None:
+        found = shutil.which(name)
+        if found:
+            return Path(found)
+        raise Unavailable(f"{name} is not installed, and there is no Go to build it; install Go 1.26 or {name}")
+    cache().mkdir(parents=True, exist_ok=True)
+    with (cache() / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not program.is_file():
+            built = cache() / f"build-{name}"
+            environment = {**os.environ, "CGO_ENABLED": "0", "GOBIN": str(built), "GOFLAGS": "-buildvcs=false"}
+            subprocess.run(
+                ["go", "install", "-trimpath", "-ldflags=-s", "tool"], cwd=module, env=environment, check=True
+            )
+            (built / name).replace(program)
+    return program
+
+
+if __name__ == "__main__":
+    for one in NAMES:
+        print(tool(one))
