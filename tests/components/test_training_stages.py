@@ -173,7 +173,7 @@ def test_a_reward_that_is_none_is_bad_input_by_name(folder, tasks, base, monkeyp
             return Judged()
 
     monkeypatch.setattr(post_training, "environment", lambda family: Broken())
-    with pytest.raises(InputError, match="no validation task of kg_query can be judged .*the reward is nan"):
+    with pytest.raises(InputError, match=r"no validation task of kg_query can be judged .*the reward is nan"):
         post_training.run(POST_TRAINING, context(folder, "nan"), {"tasks": tasks, "checkpoint": base})
 
 

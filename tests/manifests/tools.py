@@ -24,8 +24,11 @@ def cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparseline" / "tools"
 
 
-def tool(name: str) -> Path:
-    """The program of tools/<name>, built when the cache lacks it. Raises Unavailable where there is no Go for that."""
+def tool(name: str, build: bool = False) -> Path:
+    """The program of tools/<name>; with `build`, built when the cache lacks it, which takes minutes.
+
+    Raises Unavailable where it is not there, and is not to be built or there is no Go for that.
+    """
     module = MODULES / name
     pinned = hashlib.sha256((module / "go.mod").read_bytes() + (module / "go.sum").read_bytes()).hexdigest()[:16]
     program = cache() / f"{name}-{pinned}"
@@ -36,6 +39,8 @@ def tool(name: str) -> Path:
         if found:
             return Path(found)
         raise Unavailable(f"{name} is not installed, and there is no Go to build it; install Go 1.26 or {name}")
+    if not build:
+        raise Unavailable(f"{name} is not built yet; `make check-manifests` builds it once")
     cache().mkdir(parents=True, exist_ok=True)
     with (cache() / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -51,4 +56,4 @@ def tool(name: str) -> Path:
 
 if __name__ == "__main__":
     for one in NAMES:
-        print(tool(one))
+        print(tool(one, build=True))
