@@ -81,7 +81,9 @@ class Sandbox:
             if not line:
                 self._stop()
                 return SandboxResult("fault", 0, f"the sandbox did not answer: {problem}")
-        answer = json.loads(line)
+            answer = json.loads(line)
+            if answer["ended"] == "fault":
+                self._stop()
         return SandboxResult(answer["ended"], answer["status"], answer["output"])
 
     def _start(self) -> None:

@@ -10,10 +10,12 @@ import contextlib
 import json
 import os
 import resource
+import select
 import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -24,6 +26,10 @@ import syscalls
 ROOT = "/tmp"  # becomes the root of the new file system; any directory that exists does
 WORK = "/work"
 NOBODY = 65534
+TRIAL = {
+    "program": "", "library": {}, "wall_seconds": 8.0, "cpu_seconds": 5, "memory_bytes": 1 << 30, "disk_bytes": 1 << 20,
+    "files": 16, "output_bytes": 1 << 10,
+}  # fmt: skip
 _UNWRITABLE = kernel.MS_BIND | kernel.MS_REMOUNT | kernel.MS_RDONLY | kernel.MS_NOSUID | kernel.MS_NODEV
 
 
@@ -42,7 +48,6 @@ def enter_namespaces() -> None:
         os.setresgid(NOBODY, NOBODY, NOBODY)
         os.setresuid(NOBODY, NOBODY, NOBODY)
         kernel.prctl(kernel.PR_SET_DUMPABLE, 1)  # else /proc/self belongs to root, and the maps cannot be written
-        kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)  # a change of user clears it
     uid, gid = os.getuid(), os.getgid()
     kernel.unshare(
         kernel.CLONE_NEWUSER | kernel.CLONE_NEWNS | kernel.CLONE_NEWPID | kernel.CLONE_NEWNET
@@ -91,26 +96,40 @@ def build_root() -> None:
 
 
 def serve(connection: socket.socket) -> None:
-    """Run one program after the other, as the requests come. Ends when the owner closes the connection."""
+    """Run one program after the other, as the requests come. Ends when the owner closes the connection.
+
+    Requests and answers pass through the keeper alone: what this process read, every later program could find in its
+    memory. A first, empty program shows that the box works, before the owner hears that it is ready.
+    """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
-    stream = connection.makefile("rwb")
-    stream.write(b'{"ready": true}\n')
-    stream.flush()
-    for line in stream:
-        reading, writing = os.pipe()
-        keeper = os.fork()
-        if keeper == 0:
-            connection.close()
-            os.close(reading)
-            answer = keep(json.loads(line))
-            os.write(writing, json.dumps(answer).encode())
-            os._exit(0)
-        os.close(writing)
-        with os.fdopen(reading, "rb") as pipe:
-            data = pipe.read()
-        os.waitpid(keeper, 0)
-        stream.write((data or b'{"ended": "fault", "status": 0, "output": "the keeper died"}') + b"\n")
-        stream.flush()
+    if attempt(lambda: answer_with(connection, {"ready": True}, keep(TRIAL))):
+        connection.sendall(b'{"ready": false, "error": "an empty program does not run"}\n')
+        return
+    connection.sendall(b"\n")
+    while connection.recv(1, socket.MSG_PEEK):
+        if attempt(lambda: answer_with(connection, keep(json.loads(connection.makefile("rb").readline())))):
+            connection.sendall(b'{"ended": "fault", "status": 0, "output": "the keeper died"}\n')
+            return  # how much of the request was read is not known: the owner starts another
+        connection.sendall(b"\n")  # only now, when nothing of the program is left, is the answer complete
+
+
+def attempt(work: Callable[[], None]) -> int:
+    """Do `work` in a process of its own; its wait status, 0 when all went well."""
+    keeper = os.fork()
+    if keeper == 0:
+        try:
+            work()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    return os.waitpid(keeper, 0)[1]
+
+
+def answer_with(connection: socket.socket, answer: dict, trial: dict | None = None) -> None:
+    """Send an answer, but its end of line; after a trial only when that went well, else RuntimeError."""
+    if trial is not None and trial["ended"] != "ok":
+        raise RuntimeError(trial["output"])
+    connection.sendall(json.dumps(answer).encode())
 
 
 def keep(request: dict) -> dict:
@@ -206,7 +225,8 @@ def _leave(error: BaseException) -> None:
 def main() -> None:
     connection = socket.socket(fileno=int(sys.argv[1]))
     owner = int(sys.argv[2])
-    kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
+    # not PR_SET_PDEATHSIG: it follows the owner's thread that started this process, and that may end first
+    owner_ends = os.pidfd_open(owner)
     if os.getppid() != owner:
         os._exit(1)
     try:
@@ -217,7 +237,10 @@ def main() -> None:
     first = os.fork()  # the first process of the pid namespace: when it dies, all others do
     if first:
         connection.close()
-        os.waitpid(first, 0)
+        waiting = select.poll()
+        for descriptor in (owner_ends, os.pidfd_open(first)):
+            waiting.register(descriptor, select.POLLIN)
+        waiting.poll()
         return
     kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
     serve(connection)

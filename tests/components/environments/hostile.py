@@ -26,6 +26,13 @@ HOSTILE: dict[str, str] = {
         "import os\nd = os.memfd_create('x')\nn = 0\nwhile True:\n n += os.write(d, bytes(1 << 20))\n"
         " if n > 64 << 20: print('ESCAPED'); break"
     ),
+    "memory of System V": (
+        "import ctypes\nc = ctypes.CDLL(None)\nc.shmat.restype = ctypes.c_void_p\n"
+        "c.shmdt.argtypes = [ctypes.c_void_p]\nfor i in range(6):\n"
+        " d = c.shmget(0, ctypes.c_size_t(32 << 20), 0o1600)\n assert d >= 0\n p = c.shmat(d, None, 0)\n"
+        " ctypes.memset(p, 1, 32 << 20)\n c.shmdt(p)\nprint('ESCAPED')"
+    ),
+    "messages of System V": "import ctypes\nassert ctypes.CDLL(None).msgget(0, 0o1600) >= 0\nprint('ESCAPED')",
     "disk": "f = open('big', 'wb')\nfor _ in range(1024): f.write(bytes(1 << 20)); f.flush()\nprint('ESCAPED')",
     "many files": "for i in range(100000): open(f'f{i}', 'w').close()\nprint('ESCAPED')",
     "deep folders": "import os\nfor i in range(100000):\n os.mkdir('d'); os.chdir('d')\nprint('ESCAPED')",

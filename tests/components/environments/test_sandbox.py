@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import psutil
@@ -57,6 +58,49 @@ def test_nothing_of_a_program_is_there_for_the_next(box):
     assert result.output == "['.null'] False False\n"
 
 
+def test_no_text_of_a_program_is_left_in_the_memory_of_the_next(box):
+    box.run("1", {"tools.py": "# QWERTYUIOP\n" * 200})
+    search = (
+        "import ctypes, gc\nlibc = ctypes.CDLL(None)\nword = bytes(c ^ 1 for c in b'PVDSUX')\n"
+        "flags = (ctypes.c_ubyte * 256)()\nfound = mine = 0\n"
+        "held = 'W' + 'HIDING' * 40\n"
+        "for area in {id(one) & ~0xFFFFF for one in gc.get_objects()}:\n"
+        " for page in range(area, area + (1 << 20), 4096):\n"
+        "  if libc.mincore(ctypes.c_void_p(page), ctypes.c_size_t(4096), flags) == 0:\n"
+        "   text = ctypes.string_at(page, 4096)\n"
+        "   found = max(found, text.count(word))\n   mine += text.count(b'HIDINGHIDING')\n"
+        "print(found, mine > 0)"
+    )
+    result = box.run(search)
+    assert result.ok, result
+    found, sees_memory = result.output.split()
+    assert sees_memory == "True"  # the search does find what is there
+    assert int(found) <= 1  # the word that is looked for
+
+
+def test_the_sandbox_outlives_the_thread_that_started_it():
+    one, started, running = Sandbox(), threading.Event(), threading.Event()
+
+    def starter():
+        one.run("1")
+        started.set()
+        running.wait()
+
+    thread = threading.Thread(target=starter)
+    thread.start()
+    started.wait()
+    process = one._process
+    results = []
+    other = threading.Thread(target=lambda: results.append(one.run("import time\ntime.sleep(1)\nprint(2)")))
+    other.start()
+    running.set()
+    thread.join()
+    other.join()
+    assert [result.output for result in results] == ["2\n"]
+    assert one._process is process
+    one.close()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(HOSTILE))
 def test_hostile(box, host, name):
@@ -64,6 +108,7 @@ def test_hostile(box, host, name):
     source = HOSTILE[name]
     for placeholder, value in (("HOST", folder), ("PORT", listener.getsockname()[1]), ("OWNER", os.getpid())):
         source = source.replace(placeholder, str(value))
+    box.run("1")  # its own processes are there before
     before = {process.pid for process in psutil.process_iter()}
     started = time.monotonic()
     result = box.run(source)
