@@ -44,23 +44,21 @@ def write_report(
         "<h2>Players without a model</h2>",
         "<p>On held-out tasks: pass@1, pass@16 and mean words of an episode.</p>",
         _players(reports),
-        bar_figure(
-            "Players without a model",
-            {
-                player: [(name, report["players"][player]["pass_at_1"]) for name, report in reports.items()]
-                for player in PLAYERS
-            },
-            x="family",
-            y="pass@1",
-        ),
-        "<h2>Length of the reference</h2>",
-        bar_figure(
-            "Calls of the reference solution", _histogram(tasks, list(reports)), x="calls", y="share of the tasks"
-        ),
+        f'<div class="figures">{_figures(reports, tasks)}</div>',
     ]
     for family in families:
         parts += [f"<h2>{html.escape(family.name)}: tasks with their solution</h2>", *_examples(family, tasks)]
     return write_page(directory / "synthesis.html", "Synthesis", parts, lead=", ".join(reports))
+
+
+def _figures(reports: Mapping[str, Mapping[str, Any]], tasks: Sequence[TaskRecord]) -> str:
+    players = {
+        player: [(name, report["players"][player]["pass_at_1"]) for name, report in reports.items()]
+        for player in PLAYERS
+    }
+    return bar_figure("Players without a model", players, x="family", y="pass@1") + bar_figure(
+        "Calls of the reference solution", _histogram(tasks, list(reports)), x="calls", y="share of the tasks"
+    )
 
 
 def _families(reports: Mapping[str, Mapping[str, Any]], tasks: Sequence[TaskRecord]) -> str:
@@ -81,20 +79,17 @@ def _families(reports: Mapping[str, Mapping[str, Any]], tasks: Sequence[TaskReco
 
 
 def _battery(reports: Mapping[str, Mapping[str, Any]]) -> str:
-    checks = list(next(iter(reports.values()))["removed"])
-    rows = [
-        [
-            name,
-            str(report["checked"]),
-            *(str(report["removed"][check]) for check in checks),
-            str(sum(report["near_duplicates"]["removed"].values())),
-            str(report["kept"]),
-            f"{report['mutants_failed_share']:.3f}",
-        ]
-        for name, report in reports.items()
+    """A row a check, a column a family."""
+    rows = [["checked", *(str(report["checked"]) for report in reports.values())]]
+    for check in next(iter(reports.values()))["removed"]:
+        rows.append([check, *(str(report["removed"][check]) for report in reports.values())])
+    lost = [sum(report["near_duplicates"]["removed"].values()) for report in reports.values()]
+    rows += [
+        ["near-duplicate", *map(str, lost)],
+        ["kept", *(str(report["kept"] - gone) for report, gone in zip(reports.values(), lost, strict=True))],
+        ["share of mutants that failed", *(f"{report['mutants_failed_share']:.3f}" for report in reports.values())],
     ]
-    header = ["family", "checked", *checks, "near-duplicate", "kept", "mutants that failed"]
-    return html_table(header, rows, numbers=range(1, len(header)))
+    return html_table(["", *reports], rows, numbers=range(1, len(reports) + 1))
 
 
 def _players(reports: Mapping[str, Mapping[str, Any]]) -> str:
