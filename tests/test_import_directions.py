@@ -13,6 +13,9 @@ BELOW_STAGES = ("components.rollouts", "components.environments", "components.ru
 ALLOWED: dict[str, tuple[str, ...]] = {
     "kernels": ("kernels",),
     "model": ("model", "kernels"),
+    # Scripts of the image builds, beside the Containerfile that runs them: the standard library only.
+    "components.pin": (),
+    "components.requirements": (),
     "components.runtime": ("components.runtime",),
     "components.environments": ("components.environments", "components.runtime"),
     "components.rollouts": BELOW_STAGES,
