@@ -36,6 +36,8 @@ class Metrics:
             ["model_name", "finished_reason"],
             registry=registry,
         )
+        for reason in ("stop", "length", "abort"):
+            requests.labels(model, reason)  # a series that begins at 0: without it the first request shows no increase
         self.requests = _Requests(requests, model)
 
     def text(self) -> bytes:
