@@ -99,9 +99,12 @@ class MixtureOfExperts(nn.Module):
         return self.experts(x_TC, experts_TK, weight_TK) + self.shared_experts(x_TC), experts_TK
 
 
+def expert_load(router: Router, experts_TK: torch.Tensor) -> torch.Tensor:
+    """Tokens that each expert was given, fp32 [E]."""
+    return torch.bincount(experts_TK.flatten(), minlength=router.config.n_routed_experts).float()
+
+
 @torch.no_grad()
-def balance(router: Router, experts_TK: torch.Tensor, speed: float) -> torch.Tensor:
-    """Raise the bias of underloaded experts and lower that of overloaded ones by `speed`; returns the load [E]."""
-    load_E = torch.bincount(experts_TK.flatten(), minlength=router.config.n_routed_experts).float()
+def balance(router: Router, load_E: torch.Tensor, speed: float) -> None:
+    """Raise the bias of experts with a load (see `expert_load`) below the mean and lower that of others by `speed`."""
     router.e_score_correction_bias.add_(torch.sign(load_E.mean() - load_E), alpha=speed)
-    return load_E / load_E.sum()

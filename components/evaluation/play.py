@@ -137,7 +137,7 @@ def play(
 
 def item_of(result: EpisodeResult, **fields: Any) -> Item:
     """The record of an episode; `fields` are those that the episode itself does not know."""
-    trajectory, fault = result.trajectory, str(getattr(result, "fault", "") or "")
+    trajectory = result.trajectory
     sampled = [] if trajectory is None else trajectory.sampled.nonzero().flatten()[:1].tolist()
     length = 0 if trajectory is None else len(trajectory)
     return Item(
@@ -147,10 +147,10 @@ def item_of(result: EpisodeResult, **fields: Any) -> Item:
         template=result.task.template,
         group=str(result.task.difficulty.get("group", result.task.template)),
         seed=result.seed,
-        reward=0.0 if fault else result.verdict.reward,
+        reward=result.verdict.reward,
         ended=result.ended,
         reason=result.verdict.reason,
-        fault=fault,
+        fault=result.fault,
         turns=result.turns,
         tool_errors=result.tool_errors,
         tokens=length,

@@ -95,7 +95,13 @@ class PostTrainingConfig(BaseModel):
     max_sequences: int = Field(0, ge=0, description="rollouts that an engine plays at once; 0 = a whole batch")
     cache_tokens: int = Field(262_144, ge=1, description="tokens of the key-value cache of an engine, at most")
     rollout_dtype: Literal["float32", "bfloat16"] = Field("float32", description="number format of the rollout engine")
-    threads: int = Field(0, ge=0, description="CPU threads of the learner; 0 = all cores of the process")
+    processes: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="data-parallel processes, each of which plays and learns on its share of a batch",
+    )
+    threads: int = Field(0, ge=0, description="CPU threads of each process; 0 = its share of the cores")
     schedule: Literal["synchronous", "one_step_off", "asynchronous"] = Field(
         "synchronous",
         description="synchronous: a batch is played with the newest weights; one_step_off: the next batch is played "
@@ -129,6 +135,8 @@ class PostTrainingConfig(BaseModel):
             raise ValueError(f"the schedule {self.schedule} needs rollout_workers of at least 1")
         if 0 < self.groups_in_flight < self.prompts:
             raise ValueError("groups_in_flight must be at least prompts, or no batch would ever be complete")
+        if self.rollout_workers and self.processes > 1:
+            raise ValueError("processes above 1 play for themselves: they need rollout_workers of 0")
         if self.rollout_workers == 0 and self.environment_workers:
             raise ValueError("environment_workers needs rollout_workers of at least 1")
         unknown = set(self.kl_weights) - set(self.families) if self.families else set()

@@ -32,8 +32,10 @@ class EnvironmentActor:
     def state_hash(self, episode: int) -> str:
         return self.episodes[episode].state_hash()
 
-    def verdict(self, episode: int) -> Verdict:
-        return self.episodes.pop(episode).verdict()
+    def verdicts(self, episode: int) -> list[Verdict]:
+        """The verdict, twice (see `components.rollouts.guard`), and the end of the episode."""
+        found = self.episodes.pop(episode)
+        return [found.verdict(), found.verdict()]
 
 
 # a call that hangs keeps its thread, and the others go on; a new actor takes over when few are left
@@ -100,6 +102,7 @@ class _RemoteEnvironment:
 class _RemoteEpisode:
     def __init__(self, owner: RemoteEnvironments, actor: Any, number: int) -> None:
         self.owner, self.actor, self.number = owner, actor, number
+        self._verdicts: list[Verdict] = []
 
     def step(self, call: ToolCall) -> Observation:
         return self.owner.call(self.actor, "step", self.number, call)
@@ -108,4 +111,6 @@ class _RemoteEpisode:
         return self.owner.call(self.actor, "state_hash", self.number)
 
     def verdict(self) -> Verdict:
-        return self.owner.call(self.actor, "verdict", self.number)
+        if not self._verdicts:
+            self._verdicts = self.owner.call(self.actor, "verdicts", self.number)
+        return self._verdicts.pop()

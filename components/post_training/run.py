@@ -8,8 +8,9 @@ checkpoint is the best one on a validation split, and the ledger beside it tells
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from components.post_training.training import train
 from components.post_training.worker import RolloutWorker
 from components.runtime.contracts import Limits, Pointer, TaskRecord
 from components.runtime.errors import InputError
+from components.runtime.ranks import Ranks, open_ranks
 from components.runtime.stage import StageContext, StageResult
 from components.runtime.task_set import read_tasks, read_vocabulary
 from model.checkpoint import CheckpointError, copy_tokenizer, load_model, load_tokenizer, save_model
@@ -35,26 +37,29 @@ from model.checkpoint import CheckpointError, copy_tokenizer, load_model, load_t
 
 def run(config: PostTrainingConfig, context: StageContext, inputs: dict[str, Pointer]) -> StageResult:
     """Inputs: `tasks`, `checkpoint`. Outputs: `checkpoint`."""
-    torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
+    _set_threads(config)
     tasks_directory, start = context.fetch(inputs["tasks"]), context.fetch(inputs["checkpoint"])
     tasks, validation = chosen_tasks(tasks_directory, config)
+    names = sorted({task.environment for task in [*tasks, *validation]})
+    longest = max(task.limits.tokens for task in [*tasks, *validation])
     try:
-        model, tokenizer = load_model(start), load_tokenizer(start)
+        tokenizer = load_tokenizer(start)
+        check_words(read_vocabulary(tasks_directory), tokenizer, inputs["checkpoint"].uri)
+        model, environments = load_model(start), installed(names)
     except CheckpointError as error:
         raise InputError(f"checkpoint {inputs['checkpoint'].uri}: {error}") from error
-    check_words(read_vocabulary(tasks_directory), tokenizer, inputs["checkpoint"].uri)
-    environments = installed({task.environment for task in [*tasks, *validation]})
-    longest = max(task.limits.tokens for task in [*tasks, *validation])
-    learner = Learner(config, model)
-    worker = RolloutWorker(config, model, tokenizer, environments, longest)
     ledger_path = context.work_dir / "ledger.jsonl"
     ledger_path.unlink(missing_ok=True)
     ledger = Ledger(ledger_path)
     flow = Flow(config, PromptSampler(tasks, config.group_size, f"{context.seed}/post_training"), ledger)
     try:
-        with open_pool(config, context.work_dir / "ray", worker, tokenizer, environments, longest) as pool:
-            batches = SCHEDULES[config.schedule](config, pool, flow, lambda: learner.version)
-            summary = train(config, context, learner, flow, pool, batches, worker, validation)
+        with open_ranks(config.processes, context.work_dir, _follow, config, start, names, longest) as ranks:
+            learner = Learner(config, model, ranks)
+            worker = RolloutWorker(config, model, tokenizer, environments, longest, ranks)
+            with open_pool(config, context.work_dir / "ray", worker, tokenizer, environments, longest) as pool:
+                batches = SCHEDULES[config.schedule](config, pool, flow, lambda: learner.version)
+                summary = train(config, context, learner, flow, pool, batches, worker, validation)
+            ranks.deal([None] * ranks.size)
     except BaseException as error:
         ledger.close(f"stopped: {type(error).__name__}")
         raise
@@ -66,6 +71,24 @@ def run(config: PostTrainingConfig, context: StageContext, inputs: dict[str, Poi
     parents = [inputs["tasks"], inputs["checkpoint"]]
     pointer = context.publish("checkpoint", checkpoint, parents=parents, facts=summary)
     return StageResult({"checkpoint": pointer}, summary)
+
+
+def _set_threads(config: PostTrainingConfig) -> None:
+    torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // config.processes))
+
+
+def _follow(ranks: Ranks, config: PostTrainingConfig, start: Path, names: list[str], longest: int) -> None:
+    """What the ranks above 0 do: play and learn on their shares, as rank 0 orders, until it has no order left."""
+    _set_threads(config)
+    model = load_model(start)
+    learner = Learner(config, model, ranks)
+    worker = RolloutWorker(config, model, load_tokenizer(start), installed(names), longest, ranks)
+    while order := ranks.deal(None):
+        if order[0] == "play":
+            ranks.to_first(worker.play_share(*order[1:]))
+        else:
+            with contextlib.suppress(FloatingPointError):  # rank 0 meets the same one, and stops
+                learner.take_step(*order[1:])
 
 
 @contextmanager
@@ -113,7 +136,7 @@ def with_budget(task: TaskRecord, factor: float) -> TaskRecord:
     return task if factor == 1 else task.model_copy(update={"limits": limits})
 
 
-def installed(names: set[str]) -> dict[str, Environment]:
+def installed(names: Iterable[str]) -> dict[str, Environment]:
     """The environments of the tasks. Raises InputError for one that is not installed here."""
     try:
         return {name: environment(name) for name in sorted(names)}

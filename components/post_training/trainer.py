@@ -14,6 +14,7 @@ from components.post_training.config import PostTrainingConfig
 from components.post_training.learner import RolloutBatch, logprobs, micro_batches, pack_trajectories
 from components.post_training.objective import Objective, group_advantages, grpo_loss, length_penalised, rft_loss
 from components.post_training.worker import PlayedGroup
+from components.runtime.ranks import Ranks
 from model import Transformer
 from model.engine import Trajectory
 
@@ -41,10 +42,10 @@ def advantages(group: PlayedGroup, length_penalty: float) -> list[float]:
 
 
 class Learner:
-    """`model` is changed in place; `version` counts the rollout batches that changed it."""
+    """`model` is changed in place, alike on all ranks; `version` counts the rollout batches that changed it."""
 
-    def __init__(self, config: PostTrainingConfig, model: Transformer) -> None:
-        self.config, self.model, self.version = config, model, 0
+    def __init__(self, config: PostTrainingConfig, model: Transformer, ranks: Ranks | None = None) -> None:
+        self.config, self.model, self.version, self.ranks = config, model, 0, ranks or Ranks()
         self.reference = copy.deepcopy(model).eval().requires_grad_(False)
         model.requires_grad_(True)
         if config.freeze_indexer:
@@ -98,37 +99,65 @@ class Learner:
         return parts
 
     def update(self, samples: Sequence[Sample]) -> dict[str, float]:
-        """One optimiser step. Raises FloatingPointError for a gradient that is not finite, and takes none."""
+        """One optimiser step; every rank sees its share.
+
+        Raises FloatingPointError for a gradient that is not finite.
+        """
+        rate = float(self.optimizer.param_groups[0]["lr"])
+        orders = [("update", share, len(samples), rate) for share in self.ranks.shares(samples)]
+        _, share, total, rate = self.ranks.deal(orders)
+        return self.take_step(share, total, rate)
+
+    def take_step(self, samples: Sequence[Sample], total: int, rate: float) -> dict[str, float]:
+        """This rank's part of `update`: `samples` are its share of `total`, `rate` is the learning rate."""
         self.model.train()
-        values = self.accumulate(samples)
+        values, maxima = self.accumulate(samples, total)
+        for parameter in self.trained:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        sums = torch.tensor(list(values.values()), dtype=torch.float32)
+        self.ranks.sum([*(parameter.grad for parameter in self.trained if parameter.grad is not None), sums])
+        values = dict(zip(values, sums.tolist(), strict=True))
+        for name in maxima:
+            values[name] = max((found[name] for found in self.ranks.to_first(maxima)), default=maxima[name])
         norm = float(torch.nn.utils.clip_grad_norm_(self.trained, self.config.gradient_clip))
         if not math.isfinite(norm):
             self.optimizer.zero_grad(set_to_none=True)
             raise FloatingPointError(f"the gradient's norm is {norm}")
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return {**values, "gradient_norm": norm}
 
-    def accumulate(self, samples: Sequence[Sample]) -> dict[str, float]:
-        """Add the gradient of the loss over `samples` to the parameters'; means over sequences, and maxima."""
-        config = self.config
+    def accumulate(
+        self, samples: Sequence[Sample], total: int | None = None
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """Add the gradient of the loss over `samples` to the parameters'.
+
+        Returns their part of the means over the mini-batch, and maxima over their own. `total`: sequences of the
+        mini-batch, where `samples` are not all of them.
+        """
+        config, total = self.config, total or len(samples)
         means = dict.fromkeys(("kl", "entropy", "masked_share", "clipped_share", "ratio_mean"), 0.0)
-        gap = ratio_max = 0.0
-        for indices in micro_batches([len(sample.trajectory) for sample in samples], config.micro_batch_tokens):
+        maxima = {"logprob_gap": 0.0, "ratio_max": 0.0}
+        lengths = [len(sample.trajectory) for sample in samples]
+        for indices in micro_batches(lengths, config.micro_batch_tokens) if samples else ():
             part = [samples[index] for index in indices]
             batch = self._pack(part)
             with torch.no_grad():
                 reference_R, _ = logprobs(self.reference, batch, keep_routing=False, keep_selection=False)
             logprob_R, entropy_R = logprobs(self.model, batch, keep_routing=config.keep_routing)
-            objective = self._objective(part, batch, logprob_R, reference_R, len(samples))
+            objective = self._objective(part, batch, logprob_R, reference_R, total)
             objective.loss.backward()
-            weight = len(part) / len(samples)
+            weight = len(part) / total
             for name in ("kl", "masked_share", "clipped_share", "ratio_mean"):
                 means[name] += getattr(objective, name) * weight
             means["entropy"] += float(entropy_R.mean()) * weight
-            gap = max(gap, float((logprob_R.detach() - batch.old_logprob_R).abs().max()))
-            ratio_max = max(ratio_max, objective.ratio_max)
-        return {**means, "logprob_gap": gap, "ratio_max": ratio_max}
+            gap = float((logprob_R.detach() - batch.old_logprob_R).abs().max())
+            maxima["logprob_gap"] = max(maxima["logprob_gap"], gap)
+            maxima["ratio_max"] = max(maxima["ratio_max"], objective.ratio_max)
+        return means, maxima
 
     def record_proximal(self, samples: Sequence[Sample]) -> None:
         """Note the log-probabilities that the weights of now give to the samples' tokens."""

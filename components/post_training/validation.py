@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from components.post_training.worker import RolloutWorker, fault_of
+from components.post_training.worker import RolloutWorker
 from components.runtime.contracts import TaskRecord
 from components.runtime.errors import InputError
 
 
 @dataclass(frozen=True)
 class Validation:
-    """macro: mean of the families' pass@1. faulty: tasks left out: their environment raised or gave no reward."""
+    """macro: mean of the families' pass@1. faulty: tasks left out, whose episode was faulty."""
 
     macro: float
     by_family: dict[str, float]
@@ -32,10 +32,10 @@ def validate(worker: RolloutWorker, tasks: Sequence[TaskRecord]) -> Validation:
     rewards: dict[str, list[float]] = {}
     faults: dict[str, str] = {}
     for result in results:
-        family, fault = result.task.environment, fault_of(result)
+        family = result.task.environment
         found = rewards.setdefault(family, [])
-        if fault:
-            faults[family] = f"task {result.task.id[:12]}: {fault}"
+        if result.fault:
+            faults[family] = f"task {result.task.id[:12]}: {result.fault}"
         else:
             found.append(result.verdict.reward)
     broken = [family for family, found in rewards.items() if not found]

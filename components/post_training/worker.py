@@ -1,7 +1,6 @@
 """The rollout worker: an engine with its weights, the environments, and the agent loop that plays prompt groups.
 
-It is the same in the learner's process and as a Ray actor. An environment that raises, or a reward that is no number in
-[0, 1], spoils its own group and nothing else.
+It is the same in the learner's process and as a Ray actor. A faulty episode spoils its own group and nothing else.
 """
 
 from __future__ import annotations
@@ -10,18 +9,18 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 
 from components.environments.chat_format import END, prompt_words
-from components.environments.protocol import Environment, Episode, Observation, Verdict
+from components.environments.protocol import Environment, Verdict
 from components.post_training.config import PostTrainingConfig
 from components.post_training.curation import PromptGroup
 from components.rollouts import EnginePolicy, EpisodeRequest, EpisodeResult, run_episodes
-from components.runtime.contracts import TaskRecord, ToolCall
+from components.runtime.contracts import TaskRecord
 from components.runtime.errors import InputError
+from components.runtime.ranks import Ranks
 from model import Transformer
 from model.engine import Engine, SamplingParameters
 
@@ -47,7 +46,9 @@ class RolloutWorker:
         tokenizer: Tokenizer,
         environments: Mapping[str, Environment],
         sequence_tokens: int,
+        ranks: Ranks | None = None,
     ) -> None:
+        self.ranks = ranks or Ranks()
         stop = tokenizer.token_to_id(END)
         if stop is None:
             raise InputError(f"the checkpoint's tokenizer has no {END}; it was not made for this chat format")
@@ -56,8 +57,10 @@ class RolloutWorker:
         if config.rollout_dtype == "bfloat16":
             self.model = copy.deepcopy(model).requires_grad_(False).to(torch.bfloat16)
         self.model.eval()
-        self.environments = {name: _Guarded(found) for name, found in environments.items()}
-        sequences = config.max_sequences or config.prompts * config.group_size
+        self.environments = environments
+        # environments in processes of their own have a deadline too, which comes first and says more
+        self.call_seconds = config.environment_seconds + (5 if config.environment_workers else 0)
+        sequences = math.ceil((config.max_sequences or config.prompts * config.group_size) / self.ranks.size)
         self.engine = Engine(
             self.model,
             stop_token_id=stop,
@@ -81,20 +84,32 @@ class RolloutWorker:
         self.engine.weight_version = version
 
     def episodes(self, tasks: Sequence[TaskRecord], seeds: Sequence[int]) -> list[EpisodeResult]:
-        """Play each task with its seed. The reward is NaN where the environment raised, or the prompt is too long."""
+        """Play each task with its seed; every rank plays its share.
+
+        A prompt that is too long is a fault, as what an environment does wrong is.
+        """
+        pairs = list(zip(tasks, seeds, strict=True))
+        orders = [("play", share, self.version) for share in self.ranks.shares(pairs)]
+        _, share, version = self.ranks.deal(orders)
+        parts = self.ranks.to_first(self.play_share(share, version))
+        return [parts[index % self.ranks.size][index // self.ranks.size] for index in range(len(pairs))]
+
+    def play_share(self, pairs: Sequence[tuple[TaskRecord, int]], version: int) -> list[EpisodeResult]:
+        """This rank's part of `episodes`, with its weights, which are of `version`."""
+        self.load(version)
         self.model.eval()
+        tasks = [task for task, _ in pairs]
         unfit = {
             task.id: reason for task in {task.id: task for task in tasks}.values() if (reason := self._unfit(task))
         }
-        pairs = list(zip(tasks, seeds, strict=True))
         requests = [
             EpisodeRequest(self.environments[task.environment], task, seed)
             for task, seed in pairs
             if task.id not in unfit
         ]
-        played = iter(run_episodes(self.policy, requests))
+        played = iter(run_episodes(self.policy, requests, call_seconds=self.call_seconds))
         return [
-            EpisodeResult(task, seed, [], Verdict(math.nan, unfit[task.id]), None, 0, 0, "unfit")
+            EpisodeResult(task, seed, [], Verdict(0.0, unfit[task.id]), None, 0, 0, "fault", unfit[task.id])
             if task.id in unfit
             else next(played)
             for task, seed in pairs
@@ -104,7 +119,7 @@ class RolloutWorker:
         """Why a task cannot be played; "" when it can."""
         tokens = len(self.policy.encode(prompt_words(task.messages, task.tools)))
         limit = min(task.limits.tokens, self.engine.max_sequence_tokens)
-        return "" if tokens < limit else f"{_UNFIT} {tokens} tokens leaves no room in a sequence of {limit}"
+        return "" if tokens < limit else f"prompt_too_long: {tokens} tokens leave no room in a sequence of {limit}"
 
     def play(self, groups: Sequence[PromptGroup]) -> list[PlayedGroup]:
         """Play all groups at once."""
@@ -115,68 +130,6 @@ class RolloutWorker:
         for group in groups:
             episodes = played[start : start + len(group.seeds)]
             start += len(group.seeds)
-            fault = next((found for episode in episodes if (found := fault_of(episode))), "")
+            fault = next((episode.fault for episode in episodes if episode.fault), "")
             results.append(PlayedGroup(group.id, group.task, episodes, self.version, fault))
         return results
-
-
-def fault_of(episode: EpisodeResult) -> str:
-    """Why an episode cannot be learned from or counted; "" when it can."""
-    reward = episode.verdict.reward
-    if not isinstance(reward, (int, float)):
-        return f"the reward {reward!r} is no number"
-    if not math.isfinite(reward):
-        known = episode.verdict.reason.startswith((_RAISED, _UNFIT))
-        return episode.verdict.reason if known else f"the reward is {reward}"
-    if not 0 <= reward <= 1:
-        return f"the reward {reward} lies outside [0, 1]"
-    return ""
-
-
-_RAISED, _UNFIT = "the environment raised ", "the prompt of"
-
-
-class _Guarded:
-    """An environment whose exceptions end the episode, with NaN as its reward and the exception as the reason."""
-
-    def __init__(self, environment: Environment) -> None:
-        self._environment = environment
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._environment, name)
-
-    def reset(self, task: TaskRecord) -> Episode:
-        try:
-            return _GuardedEpisode(self._environment.reset(task))
-        except Exception as error:
-            return _GuardedEpisode(None, error)
-
-
-class _GuardedEpisode:
-    def __init__(self, episode: Episode | None, error: Exception | None = None) -> None:
-        self._episode, self._error = episode, error
-
-    def step(self, call: ToolCall) -> Observation:
-        if self._episode is not None and self._error is None:
-            try:
-                observation = self._episode.step(call)
-                if not isinstance(observation, Observation) or not isinstance(observation.content, str):
-                    raise TypeError(f"a step gave {type(observation).__name__}, no observation with text")
-                return observation
-            except Exception as error:
-                self._error = error
-        return Observation("", done=True, is_error=True)
-
-    def state_hash(self) -> str:
-        return self._episode.state_hash() if self._episode else ""
-
-    def verdict(self) -> Verdict:
-        if self._episode is not None and self._error is None:
-            try:
-                verdict = self._episode.verdict()
-                if not isinstance(verdict, Verdict):
-                    raise TypeError(f"the verifier gave {type(verdict).__name__}, no verdict")
-                return verdict
-            except Exception as error:
-                self._error = error
-        return Verdict(float("nan"), f"{_RAISED}{type(self._error).__name__}: {self._error}")

@@ -44,4 +44,7 @@ class PretrainingConfig(BaseModel):
     router_bias_speed: float = Field(1e-3, ge=0, description="step of the router bias that balances expert load")
     validation_every: int = Field(100, ge=1, description="steps between validations")
     state_seconds: float = Field(20.0, ge=0, description="seconds between two saves of the training state")
-    threads: int = Field(0, ge=0, description="CPU threads of torch; 0 = all cores of the process")
+    processes: int = Field(
+        1, ge=1, le=64, description="data-parallel processes on this machine, each with its share of every batch"
+    )
+    threads: int = Field(0, ge=0, description="CPU threads of each process; 0 = its share of the cores")

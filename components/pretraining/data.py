@@ -24,6 +24,20 @@ class Example:
     weights: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Totals:
+    """Sums over a batch's targets: loss weights, tokens of weight 1 (what was written, answers), all tokens."""
+
+    weight: float
+    answer_tokens: int
+    tokens: int
+
+    @classmethod
+    def of(cls, examples: Sequence[Example]) -> Totals:
+        weights_T = torch.cat([example.weights[1:] for example in examples])
+        return cls(float(weights_T.sum()) or 1.0, int((weights_T == 1).sum()) or 1, len(weights_T))
+
+
 @dataclass
 class Batch:
     """Packed examples. inputs/targets: int64 [T]; weights: fp32 [T]; lengths: tokens of each sequence."""
@@ -82,12 +96,12 @@ class Stream:
         self._epoch_start = generator.get_state()
         self._taken = 0
 
-    def next(self, share: float = 1.0) -> Batch:
-        """The next batch, drawn from the shortest `share` (0, 1] of the examples."""
+    def next(self, share: float = 1.0) -> list[Example]:
+        """The next batch's examples, drawn from the shortest `share` (0, 1] of all."""
         if not self._parts or share > self._share:
             self._begin_epoch(share)
         self._taken += 1
-        return pack(self._parts.pop())
+        return self._parts.pop()
 
     def _begin_epoch(self, share: float) -> None:
         self._share, self._taken, self._epoch_start = share, 0, self.generator.get_state()

@@ -22,23 +22,11 @@ _PHASE_ORDER = 1_000_000  # orders of a phase's states come after those of the p
 _FILE = "state.pt"
 
 
-class Resume:
-    """Saves the training now and then, and knows what an earlier try left."""
+class Place:
+    """Where an earlier try stopped, or the beginning; every rank goes on from the same one."""
 
-    def __init__(self, context: StageContext, identity: Mapping[str, Any], interval_seconds: float) -> None:
-        self.context = context
-        self.states = TrainingState(context.store, "pretraining", identity, context.work_dir, interval_seconds)
-        self._found: dict[str, Any] | None = None
-        latest = self.states.latest(context.work_dir)
-        if latest:
-            # written by us, under a hash that was checked; tensors and plain values only
-            self._found = torch.load(latest[1] / _FILE, weights_only=True)
-            context.tracker.restore(self._found["history"])
-
-    @property
-    def step(self) -> int | None:
-        """Steps that the phase of the found state had done; None without one."""
-        return self._found["step"] if self._found else None
+    def __init__(self, found: dict[str, Any] | None = None) -> None:
+        self._found = found
 
     def is_past(self, phase: str) -> bool:
         """Whether the earlier try had finished this phase."""
@@ -64,6 +52,21 @@ class Resume:
         generator.set_state(found["generator"])
         self._found = None
         return int(found["step"])
+
+
+class Resume:
+    """Saves the training now and then, and knows what an earlier try left (`place`)."""
+
+    def __init__(self, context: StageContext, identity: Mapping[str, Any], interval_seconds: float) -> None:
+        self.context = context
+        self.states = TrainingState(context.store, "pretraining", identity, context.work_dir, interval_seconds)
+        self.place = Place()
+        latest = self.states.latest(context.work_dir)
+        if latest:
+            # written by us, under a hash that was checked; tensors and plain values only
+            found = torch.load(latest[1] / _FILE, weights_only=True)
+            context.tracker.restore(found.pop("history"))
+            self.place = Place(found)
 
     def save_if_due(
         self,

@@ -9,35 +9,23 @@ modelling loss over the selected keys and the indexer, its input detached, from 
 
 from __future__ import annotations
 
-import math
 import os
-import random
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from tokenizers import Tokenizer
 
 from components.environments.chat_format import BOS, CHAT_TEMPLATE, END, PAD, SPECIAL_WORDS, UNKNOWN
-from components.pretraining.config import PhaseConfig, PretrainingConfig
-from components.pretraining.data import (
-    Batch,
-    Example,
-    Stream,
-    demonstration_example,
-    document_example,
-    known_words,
-    pack,
-)
-from components.pretraining.episode import play_one
-from components.pretraining.optimizers import curriculum_share, learning_rate_share, optimizers_of
-from components.pretraining.resume import PHASES, Resume
-from components.runtime.contracts import Pointer, TaskRecord
+from components.pretraining.config import PretrainingConfig
+from components.pretraining.data import demonstration_example, document_example, known_words, pack
+from components.pretraining.phases import Corpus, Recorder, train_phase, validate
+from components.pretraining.resume import PHASES, Place, Resume
+from components.runtime.contracts import Pointer
 from components.runtime.errors import InputError
+from components.runtime.ranks import Ranks, open_ranks
 from components.runtime.stage import StageContext, StageResult
 from components.runtime.task_set import read_demonstrations, read_documents, read_tasks, read_vocabulary
-from model import ModelConfig, PackedContext, Transformer
+from model import ModelConfig, Transformer
 from model.checkpoint import (
     CheckpointError,
     load_model,
@@ -46,42 +34,25 @@ from model.checkpoint import (
     save_tokenizer,
     word_tokenizer,
 )
-from model.context import IndexerLoss, Selection
-from model.moe import balance
-
-
-@dataclass
-class Corpus:
-    tokenizer: Tokenizer
-    shown_tasks: list[TaskRecord]
-    demonstrations: list[Example]
-    documents: list[Example]
-    validation_demonstrations: Batch
-    validation_documents: Batch
 
 
 def run(config: PretrainingConfig, context: StageContext, inputs: dict[str, Pointer]) -> StageResult:
     """Inputs: `tasks`, optionally `base` (a checkpoint). Outputs: `checkpoint`."""
-    torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
-    torch.manual_seed(context.seed)
     directory = context.fetch(inputs["tasks"])
-    if "base" in inputs:
-        base = context.fetch(inputs["base"])
-        try:
-            model, tokenizer = load_model(base), load_tokenizer(base)
-        except CheckpointError as error:
-            raise InputError(f"base checkpoint {inputs['base'].uri}: {error}") from error
-    else:
-        tokenizer = word_tokenizer(SPECIAL_WORDS, read_vocabulary(directory), UNKNOWN)
-        model = Transformer(_preset(config.model, tokenizer)).initialise(context.seed)
+    base = context.fetch(inputs["base"]) if "base" in inputs else None
+    _set_threads(config)
+    try:
+        model, tokenizer = _start(config, context.seed, directory, base)
+    except CheckpointError as error:
+        raise InputError(f"base checkpoint {inputs['base'].uri}: {error}") from error
     corpus = load_corpus(directory, tokenizer, config)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     context.tracker.parameters({"model_parameters": parameters})
     summary: dict[str, float] = {"parameters": parameters}
     resume = Resume(context, context.identity(config, inputs), config.state_seconds)
-    for name in PHASES:
-        if (name != "dense" or "base" not in inputs) and not resume.is_past(name):
-            train_phase(name, getattr(config, name), config, model, corpus, context, resume)
+    recorder = Recorder(config, corpus, context, resume)
+    with open_ranks(config.processes, context.work_dir, _follow, config, context.seed, directory, base) as ranks:
+        _train(config, model, corpus, context.seed, resume.place, ranks, recorder, dense=base is None)
     for mode in ("dense", "sparse"):
         losses = validate(model, corpus, mode)
         summary.update({f"{mode}_{name}": value for name, value in losses.items()})
@@ -92,6 +63,44 @@ def run(config: PretrainingConfig, context: StageContext, inputs: dict[str, Poin
     pointer = context.publish("checkpoint", checkpoint, parents=parents, facts=summary)
     resume.finish()
     return StageResult({"checkpoint": pointer}, summary)
+
+
+def _train(
+    config: PretrainingConfig,
+    model: Transformer,
+    corpus: Corpus,
+    seed: int,
+    place: Place | None,
+    ranks: Ranks,
+    recorder: Recorder | None,
+    *,
+    dense: bool,
+) -> None:
+    place = ranks.from_first(place)
+    for name in PHASES:
+        if (name != "dense" or dense) and not place.is_past(name):
+            train_phase(name, getattr(config, name), config, model, corpus, seed, place, ranks, recorder)
+
+
+def _follow(ranks: Ranks, config: PretrainingConfig, seed: int, directory: Path, base: Path | None) -> None:
+    """What the ranks above 0 do: the same training on their share of each batch, and nothing beside it."""
+    _set_threads(config)
+    model, tokenizer = _start(config, seed, directory, base)
+    corpus = load_corpus(directory, tokenizer, config)
+    _train(config, model, corpus, seed, None, ranks, None, dense=base is None)
+
+
+def _set_threads(config: PretrainingConfig) -> None:
+    torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // config.processes))
+
+
+def _start(config: PretrainingConfig, seed: int, directory: Path, base: Path | None) -> tuple[Transformer, Tokenizer]:
+    """The weights to begin with and their tokenizer. Raises CheckpointError for a base that cannot be read."""
+    torch.manual_seed(seed)
+    if base is not None:
+        return load_model(base), load_tokenizer(base)
+    tokenizer = word_tokenizer(SPECIAL_WORDS, read_vocabulary(directory), UNKNOWN)
+    return Transformer(_preset(config.model, tokenizer)).initialise(seed), tokenizer
 
 
 def _preset(name: str, tokenizer: Tokenizer) -> ModelConfig:
@@ -123,109 +132,3 @@ def load_corpus(directory: Path, tokenizer: Tokenizer, config: PretrainingConfig
         pack(demonstrations["validation"][:256]),
         pack(documents["validation"][:32]),
     )
-
-
-MODES: dict[str, tuple[Selection, IndexerLoss]] = {
-    "dense": ("dense", "none"),
-    "warmup": ("dense", "dense"),
-    "sparse": ("sparse", "sparse"),
-}
-
-
-def train_phase(
-    name: str,
-    phase: PhaseConfig,
-    config: PretrainingConfig,
-    model: Transformer,
-    corpus: Corpus,
-    context: StageContext,
-    resume: Resume,
-) -> None:
-    """Run one phase, or the rest of it; `model` is changed in place. Curves are logged as `<phase>/<loss>`."""
-    if phase.steps == 0:
-        return
-    context.progress.phase(name)
-    model.train()
-    model.attention_mode, indexer_loss = MODES[name]
-    optimizers = optimizers_of(name, phase, config, model)
-    generator = torch.Generator().manual_seed(random.Random(f"{context.seed}/{name}").getrandbits(62))
-    streams = {"demonstrations": Stream(corpus.demonstrations, phase.demonstration_tokens, generator)}
-    if phase.document_tokens:
-        streams["documents"] = Stream(corpus.documents, phase.document_tokens, generator)
-    start = resume.load(name, model, optimizers, generator, streams)
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    trained = [parameter for group in groups for parameter in group["params"]]
-    for step in range(start, phase.steps):
-        for group in groups:
-            group["lr"] = group["peak"] * learning_rate_share(step, phase)
-        values: dict[str, float] = {}
-        routing: list[list[torch.Tensor]] = []
-        for kind, stream in streams.items():
-            share = curriculum_share(step, phase) if kind == "documents" else 1.0
-            batch = stream.next(share)
-            loss, losses, experts = batch_loss(model, batch, indexer_loss, train_network=name != "warmup")
-            if not math.isfinite(float(loss.detach())):
-                raise FloatingPointError(f"{name}, step {step}: the loss on {kind} is {float(loss.detach())}")
-            loss.backward()
-            values.update({f"{name}/{kind}_{key}": value for key, value in losses.items()})
-            routing.append(experts)
-        values[f"{name}/gradient_norm"] = float(torch.nn.utils.clip_grad_norm_(trained, config.gradient_clip))
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        if name != "warmup":
-            for layer, router in enumerate(model.routers()):
-                balance(router, torch.cat([experts[layer] for experts in routing]), config.router_bias_speed)
-        last = step + 1 == phase.steps
-        if last or (step + 1) % config.validation_every == 0:
-            checked = validate(model, corpus, model.attention_mode)
-            values.update({f"{name}/validation_{key}": value for key, value in checked.items()})
-            task = corpus.shown_tasks[step % len(corpus.shown_tasks)]
-            context.progress.episode(play_one(model, corpus.tokenizer, task, step))
-        if last or step % 10 == 0 or (step + 1) % config.validation_every == 0:
-            context.tracker.metrics(values, step)
-        shown = {key.split("/")[1]: value for key, value in values.items() if key.endswith(("_loss", "_kl"))}
-        context.progress.update(step + 1, phase.steps, shown)
-        resume.save_if_due(name, step + 1, model, optimizers, generator, streams)
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
-    model.eval()
-
-
-def batch_loss(
-    model: Transformer, batch: Batch, indexer_loss: IndexerLoss, *, train_network: bool
-) -> tuple[torch.Tensor, dict[str, float], list[torch.Tensor]]:
-    """The loss to minimise, its parts as numbers (nats), and the expert ids of each MoE layer."""
-    packed = PackedContext.from_lengths(batch.lengths)
-    packed.indexer_loss, packed.record_routing = indexer_loss, True
-    hidden_TC = model.hidden(batch.inputs_T, packed)
-    loss = hidden_TC.new_zeros(())
-    parts: dict[str, float] = {}
-    if train_network:
-        rows = batch.weights_T.nonzero().flatten()
-        cross_entropy_R = F.cross_entropy(model.lm_head(hidden_TC[rows]), batch.targets_T[rows], reduction="none")
-        weights_R = batch.weights_T[rows]
-        loss = (cross_entropy_R * weights_R).sum() / weights_R.sum()
-        full = weights_R == 1
-        parts["loss"] = float(cross_entropy_R.detach()[full].mean())
-    if packed.losses:
-        divergence = torch.stack(packed.losses).mean()
-        loss = loss + divergence
-        parts["kl"] = float(divergence.detach())
-    return loss, parts, packed.routing
-
-
-@torch.no_grad()
-def validate(model: Transformer, corpus: Corpus, mode: Selection) -> dict[str, float]:
-    """Cross-entropy (nats) and accuracy on validation demonstrations and on the answers in validation documents."""
-    before, model.attention_mode = model.attention_mode, mode
-    values = {}
-    kinds = {"demonstration": corpus.validation_demonstrations, "document": corpus.validation_documents}
-    for kind, batch in kinds.items():
-        hidden_TC = model.hidden(batch.inputs_T, PackedContext.from_lengths(batch.lengths))
-        rows = (batch.weights_T == 1).nonzero().flatten()
-        logits_RV, targets_R = model.lm_head(hidden_TC[rows]), batch.targets_T[rows]
-        values[f"{kind}_loss"] = float(F.cross_entropy(logits_RV, targets_R))
-        values[f"{kind}_accuracy"] = float((logits_RV.argmax(-1) == targets_R).float().mean())
-    model.attention_mode = before
-    return values

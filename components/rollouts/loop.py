@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from components.environments.protocol import Environment, Episode, Verdict
+from components.environments.protocol import Environment, Verdict
+from components.rollouts.guard import GuardedEpisode
 from components.rollouts.policies import Policy
 from components.runtime.contracts import Message, TaskRecord
 from model.engine import Trajectory
+
+CALL_SECONDS = 60.0  # longer than any sandboxed program may run
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,10 @@ class EpisodeRequest:
 
 @dataclass
 class EpisodeResult:
-    """One finished episode. `ended` says how: submitted, no_call, malformed, turns, tokens."""
+    """One finished episode. `ended` says how: submitted, no_call, malformed, turns, tokens, fault.
+
+    fault: what the environment did wrong (see components.rollouts.guard), or ""; the reward is 0 then.
+    """
 
     task: TaskRecord
     seed: int
@@ -30,12 +36,13 @@ class EpisodeResult:
     turns: int
     tool_errors: int
     ended: str
+    fault: str = ""
 
 
 @dataclass
 class _Play:
     request: EpisodeRequest
-    episode: Episode
+    episode: GuardedEpisode
     messages: list[Message] = field(default_factory=list)
     turns: int = 0
     tool_errors: int = 0
@@ -46,12 +53,17 @@ def run_episodes(
     requests: Iterable[EpisodeRequest],
     *,
     on_episode: Callable[[EpisodeResult], None] | None = None,
+    call_seconds: float = CALL_SECONDS,
 ) -> list[EpisodeResult]:
-    """Play all requests (the policy batches what it can); results in the order of the requests."""
+    """Play all requests (the policy batches what it can); results in the order of the requests.
+
+    A call of an environment may take `call_seconds`; what it does wrong ends its own episode with a `fault`.
+    """
     plays: dict[int, _Play] = {}
     for index, request in enumerate(requests):
         task = request.task
-        plays[index] = _Play(request, request.environment.reset(task), list(task.messages))
+        episode = GuardedEpisode(request.environment, task, call_seconds)
+        plays[index] = _Play(request, episode, list(task.messages))
         policy.begin(index, task.messages, task.tools, task.limits, request.seed)
     results: dict[int, EpisodeResult] = {}
     while len(results) < len(plays):
@@ -60,15 +72,19 @@ def run_episodes(
             ended = _take_turn(policy, turn.episode, play, turn.message)
             if not ended:
                 continue
+            verdict = play.episode.verdict()
+            if play.episode.fault:
+                ended = "fault"
             result = EpisodeResult(
                 task=play.request.task,
                 seed=play.request.seed,
                 messages=play.messages,
-                verdict=play.episode.verdict(),
+                verdict=verdict,
                 trajectory=policy.finish(turn.episode),
                 turns=play.turns,
                 tool_errors=play.tool_errors,
                 ended=ended if ended != "malformed" or not turn.error else f"malformed: {turn.error}",
+                fault=play.episode.fault,
             )
             results[turn.episode] = result
             if on_episode:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from components.environments.kg_query import KnowledgeGraphQuery
+from components.environments.protocol import Verdict
 from components.post_training import run as post_training
 from components.post_training.config import PostTrainingConfig
 from components.pretraining import run as pretraining
@@ -126,13 +127,13 @@ def test_post_training_moves_all_but_the_indexer_and_engine_and_learner_agree(fo
     class Lenient(KnowledgeGraphQuery):
         def reset(self, task):
             episode = super().reset(task)
-            judge = episode.verdict
+            verdict = Verdict(float(random.random() < 0.5), "by lot")
 
             class Judged:
                 step, state_hash = episode.step, episode.state_hash
 
                 def verdict(self):
-                    return type(judge())(float(random.random() < 0.5), "by lot")
+                    return verdict
 
             return Judged()
 
@@ -173,7 +174,7 @@ def test_a_reward_that_is_none_is_bad_input_by_name(folder, tasks, base, monkeyp
             return Judged()
 
     monkeypatch.setattr(post_training, "environment", lambda family: Broken())
-    with pytest.raises(InputError, match=r"no validation task of kg_query can be judged .*the reward is nan"):
+    with pytest.raises(InputError, match=r"no validation task of kg_query .*bad_reward: nan lies outside"):
         post_training.run(POST_TRAINING, context(folder, "nan"), {"tasks": tasks, "checkpoint": base})
 
 

@@ -17,7 +17,7 @@ def write(path=None) -> Ledger:
         ledger.finished(group, (0, 1))
     ledger.trained(0, 0, 1, 1)
     ledger.dropped(1, "zero variance")
-    ledger.dropped(2, "faulty: the reward is nan")
+    ledger.dropped(2, "faulty: bad_reward: nan lies outside [0, 1]")
     return ledger
 
 

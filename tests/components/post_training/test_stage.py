@@ -69,7 +69,7 @@ def test_a_spoiled_group_is_left_out_and_the_others_are_trained(train, lot):
     counts = check_ledger(ledger_of(folder))
     assert (counts["dropped_faulty"], counts["trained"]) == (1, 8)
     (reason,) = [record["reason"] for record in ledger_of(folder) if record["event"] == "dropped"]
-    assert reason == "faulty: the reward is nan"
+    assert reason == "faulty: bad_reward: nan lies outside [0, 1]"
     assert result.summary["trained_rollouts"] == 32
 
 
@@ -81,7 +81,7 @@ def test_an_environment_that_raises_spoils_its_group_alone(train, lot):
 
     _, folder = train(environment=lot(reward=reward))
     (reason,) = [record["reason"] for record in ledger_of(folder) if record["event"] == "dropped"]
-    assert reason == "faulty: the environment raised KeyError: 'lost'"
+    assert reason == "faulty: environment_raised: the verifier: KeyError: 'lost'"
 
 
 def test_a_prompt_that_is_too_long_spoils_its_group_alone(train, monkeypatch):
@@ -96,7 +96,7 @@ def test_a_prompt_that_is_too_long_spoils_its_group_alone(train, monkeypatch):
     _, folder = train(steps=2)  # every task once
     reasons = [record["reason"] for record in ledger_of(folder) if record["event"] == "dropped"]
     assert len(reasons) == 1
-    assert re.fullmatch(r"faulty: the prompt of \d+ tokens leaves no room in a sequence of 5", reasons[0])
+    assert re.fullmatch(r"faulty: prompt_too_long: \d+ tokens leave no room in a sequence of 5", reasons[0])
 
 
 def test_the_token_budget_multiplies_limits(inputs):
@@ -109,7 +109,7 @@ def test_the_token_budget_multiplies_limits(inputs):
 
 
 def test_an_environment_that_fails_always_is_bad_input_and_the_ledger_is_whole(train, lot, tmp_path):
-    with pytest.raises(InputError, match=r"none of the 3 prompt groups .* kg_query.*the reward 7.0 lies outside"):
+    with pytest.raises(InputError, match=r"none of the 3 prompt groups .* kg_query.*bad_reward: 7.0 lies outside"):
         train("broken", lot(reward=lambda play: 7.0 if play > 1 else 1.0))
     counts = check_ledger(read_ledger(tmp_path / "broken" / "work" / "ledger.jsonl"))
     assert counts["dropped_faulty"] == counts["issued"] == 3
@@ -148,8 +148,8 @@ def iter_checkpoint(folder):
 def test_a_gradient_that_is_not_finite_stops_the_run_by_name(train, monkeypatch):
     accumulate = Learner.accumulate
 
-    def broken(self, samples):
-        values = accumulate(self, samples)
+    def broken(self, samples, total):
+        values = accumulate(self, samples, total)
         if self.version == 1:
             self.trained[0].grad[0] = math.nan
         return values
