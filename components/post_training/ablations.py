@@ -35,13 +35,14 @@ from components.post_training.config import PostTrainingConfig
 from components.post_training.curation import PromptSampler
 from components.post_training.flow import Batch, Flow
 from components.post_training.ledger import Ledger, check_ledger
-from components.post_training.measurements import Material, frame
+from components.post_training.measurements import PACKAGES, Material
 from components.post_training.schedule import LocalPool, synchronous
 from components.post_training.trainer import Learner
 from components.post_training.validation import validate
 from components.post_training.worker import RolloutWorker
 from components.runtime.contracts import digest
 from components.runtime.errors import InputError, exit_code
+from components.runtime.result_file import frame
 from components.runtime.stage import parse_config, read_yaml, write_json
 
 BASE, STALE, NUCLEUS = "all stabilisers", "all stabilisers, 4 steps stale", "all stabilisers, top-p 0.9"
@@ -238,7 +239,7 @@ def run(options: argparse.Namespace) -> None:
             made["seconds"] = round(time.monotonic() - started, 1)
             rows = [one for one in rows if (one["variant"], one["seed"]) != (variant, seed)] + [made]
             options.output.parent.mkdir(parents=True, exist_ok=True)
-            write_json(options.output, {**frame(command(options)), "table": table(rows), "rows": rows})
+            write_json(options.output, {**frame(command(options), PACKAGES), "table": table(rows), "rows": rows})
             print(json.dumps({name: made[name] for name in ("variant", "seed", *COLUMNS, "seconds")}), flush=True)
 
 

@@ -4,8 +4,8 @@
         --output components/post_training/results/schedules.json
 
 Each schedule plays and trains the same number of batches from the same checkpoint, without validation: synchronous in
-one process with 1 and with 2 threads, and one step off and asynchronous with one rollout worker and the learner, 1
-thread each. Rounds take turns, so that what else the machine does meets all alike. Starting Ray is not counted.
+one process with 1 and with 2 threads and in two data-parallel processes, and one step off and asynchronous with one
+rollout worker and the learner, 1 thread each. Rounds take turns, so that what else the machine does meets all alike. Starting Ray is not counted.
 """
 
 from __future__ import annotations
@@ -26,17 +26,20 @@ from components.post_training.config import PostTrainingConfig
 from components.post_training.curation import PromptSampler
 from components.post_training.flow import Flow
 from components.post_training.ledger import Ledger, check_ledger
-from components.post_training.measurements import Material, frame
-from components.post_training.run import open_pool
+from components.post_training.measurements import PACKAGES, Material
+from components.post_training.run import follow, open_pool
 from components.post_training.schedule import SCHEDULES, Pool
 from components.post_training.trainer import Learner
 from components.post_training.worker import RolloutWorker
 from components.runtime.errors import InputError, exit_code
+from components.runtime.ranks import open_ranks
+from components.runtime.result_file import frame
 from components.runtime.stage import write_json
 
 CASES: dict[str, dict[str, Any]] = {
     "synchronous, 1 thread": {"threads": 1},
     "synchronous, 2 threads": {"threads": 2},
+    "synchronous, 2 processes": {"threads": 1, "processes": 2},
     "one step off, 1 + 1 threads": {"threads": 1, "schedule": "one_step_off", "rollout_workers": 1},
     "asynchronous, 1 + 1 threads": {"threads": 1, "schedule": "asynchronous", "rollout_workers": 1},
 }
@@ -45,19 +48,23 @@ CASES: dict[str, dict[str, Any]] = {
 def measure(material: Material, config: PostTrainingConfig, directory: Path) -> dict[str, float]:
     """Play and train all steps once; seconds, and what was done in them."""
     torch.set_num_threads(config.threads)
-    learner = Learner(config, material.model())
-    worker = RolloutWorker(config, learner.model, material.tokenizer, material.environments, material.longest)
-    ledger = Ledger()
-    sampler = PromptSampler(material.tasks, config.group_size, "benchmark")
-    with open_pool(config, directory, worker, material.tokenizer, material.environments, material.longest) as pool:
-        # what is done once in a process (imports, buffers) is not what is measured
-        pool.submit(sampler.take(1))
-        warm = pool.collect()
-        for samples in learner.samples(warm, random.Random(0)):
-            learner.accumulate(samples)
-        learner.optimizer.zero_grad(set_to_none=True)
-        flow = Flow(config, sampler, ledger)
-        return run_steps(config, learner, pool, flow, ledger)
+    names = sorted(material.environments)
+    with open_ranks(config.processes, directory, follow, config, material.checkpoint, names, material.longest) as ranks:
+        learner = Learner(config, material.model(), ranks)
+        playing = (material.tokenizer, material.environments, material.longest)
+        worker = RolloutWorker(config, learner.model, *playing, ranks)
+        ledger = Ledger()
+        sampler = PromptSampler(material.tasks, config.group_size, "benchmark")
+        with open_pool(config, directory / "ray", worker, *playing) as pool:
+            # what is done once in a process (imports, buffers) is not what is measured
+            pool.submit(sampler.take(config.processes))
+            warm = pool.collect()
+            for samples in learner.samples(warm, random.Random(0)):
+                learner.accumulate(samples)
+            learner.optimizer.zero_grad(set_to_none=True)
+            values = run_steps(config, learner, pool, Flow(config, sampler, ledger), ledger)
+        ranks.deal([None] * ranks.size)
+    return values
 
 
 def run_steps(config: PostTrainingConfig, learner: Learner, pool: Pool, flow: Flow, ledger: Ledger) -> dict[str, float]:
@@ -89,7 +96,7 @@ def run_steps(config: PostTrainingConfig, learner: Learner, pool: Pool, flow: Fl
 def summarise(rounds: dict[str, list[dict[str, float]]]) -> list[dict[str, Any]]:
     """A row per schedule: medians over the rounds, and the speed-up over the faster synchronous one in each round."""
     synchronous = [
-        found for name, found in rounds.items() if CASES[name].get("schedule", "synchronous") == "synchronous"
+        found for name, found in rounds.items() if "schedule" not in CASES[name] and "processes" not in CASES[name]
     ]
     faster = [max(one["rollouts_per_second"] for one in round_) for round_ in zip(*synchronous, strict=True)]
     rows = []
@@ -123,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for name, values in CASES.items():
                 config = PostTrainingConfig.model_validate({**base.model_dump(), **values})
                 with tempfile.TemporaryDirectory() as directory:
-                    rounds[name].append(measure(material, config, Path(directory) / "ray"))
+                    rounds[name].append(measure(material, config, Path(directory)))
                 print(f"{name}: {rounds[name][-1]}", flush=True)
     except InputError as error:
         print(error, file=sys.stderr)
@@ -133,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"--steps {options.steps} --rounds {options.rounds} --output FILE"
     )
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(options.output, {**frame(command), "rows": summarise(rounds)})
+    write_json(options.output, {**frame(command, PACKAGES), "rows": summarise(rounds)})
     return 0
 
 

@@ -1,15 +1,9 @@
-"""What benchmark and ablations share: a task set and a checkpoint from folders, and the frame of a result file."""
+"""What benchmark and ablations share: a task set and a checkpoint from folders."""
 
 from __future__ import annotations
 
-import os
-import platform
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-import psutil
 from tokenizers import Tokenizer
 
 from components.environments.protocol import Environment
@@ -20,6 +14,8 @@ from components.runtime.errors import InputError
 from components.runtime.task_set import read_vocabulary
 from model import Transformer
 from model.checkpoint import CheckpointError, load_model, load_tokenizer
+
+PACKAGES = ("torch", "ray", "numpy")  # whose versions a result file names
 
 
 class Material:
@@ -42,21 +38,3 @@ class Material:
     def model(self) -> Transformer:
         """The checkpoint's network, anew."""
         return load_model(self.checkpoint)
-
-
-def frame(command: str) -> dict[str, Any]:
-    """Hardware, versions, date and command of a result file."""
-    model = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").is_file():
-        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        model = names[0].split(":", 1)[1].strip() if names else model
-    memory = round(psutil.virtual_memory().total / 1e9, 1)
-    return {
-        "hardware": {"cpu": model, "cores": len(os.sched_getaffinity(0)), "memory_gb": memory, "gpu": None},
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "ray", "numpy")},
-        },
-        "date": f"{datetime.now(UTC):%Y-%m-%d}",
-        "command": command,
-    }

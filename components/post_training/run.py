@@ -53,7 +53,7 @@ def run(config: PostTrainingConfig, context: StageContext, inputs: dict[str, Poi
     ledger = Ledger(ledger_path)
     flow = Flow(config, PromptSampler(tasks, config.group_size, f"{context.seed}/post_training"), ledger)
     try:
-        with open_ranks(config.processes, context.work_dir, _follow, config, start, names, longest) as ranks:
+        with open_ranks(config.processes, context.work_dir, follow, config, start, names, longest) as ranks:
             learner = Learner(config, model, ranks)
             worker = RolloutWorker(config, model, tokenizer, environments, longest, ranks)
             with open_pool(config, context.work_dir / "ray", worker, tokenizer, environments, longest) as pool:
@@ -77,7 +77,7 @@ def _set_threads(config: PostTrainingConfig) -> None:
     torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // config.processes))
 
 
-def _follow(ranks: Ranks, config: PostTrainingConfig, start: Path, names: list[str], longest: int) -> None:
+def follow(ranks: Ranks, config: PostTrainingConfig, start: Path, names: list[str], longest: int) -> None:
     """What the ranks above 0 do: play and learn on their shares, as rank 0 orders, until it has no order left."""
     _set_threads(config)
     model = load_model(start)

@@ -153,7 +153,7 @@ def make_family(family: Family, config: SynthesisConfig, seed: int, tick: Callab
     if len(groups_of_templates(family, family.templates())) < len(family.templates()):
         held_out = (config.validation_environments, config.test_environments)
     splits = split_templates(family, seed, *held_out)
-    battery = Battery(family, _constant_player(family, splits["train"], seed), config.mutants, config.random_plays)
+    battery = battery_of(family, splits["train"], config, seed)
     sizes: dict[Split, int] = {
         "train": config.train_tasks,
         "validation": config.validation_tasks,
@@ -213,6 +213,12 @@ def _make_documents(
                 raise InputError(f"synthesis: document_words: {error}") from error
             tick()
     return made
+
+
+def battery_of(family: Family, train_templates: list[str], config: SynthesisConfig, seed: int) -> Battery:
+    """The validation battery; its constant player has seen tasks of `train_templates`."""
+    constant = _constant_player(family, train_templates, seed)
+    return Battery(family, constant, config.mutants, config.random_plays)
 
 
 def _constant_player(family: Family, templates: list[str], seed: int) -> Any:

@@ -35,7 +35,7 @@ def play(episode: LookupEpisode, kind: str, rng: random.Random) -> Demonstration
     for mode in modes:
         (city,) = talk.look("travel", city, mode)
     known: dict[scripted.Lookup, list[str]] = {}
-    rule, depth = rule_from_json(state["rule"]), 0
+    rule, depth, thought = rule_from_json(state["rule"]), 0, ""
     misread = 0 if kind == "misreads" else None
     while isinstance(rule, Rule):
         if (kind == "assumes" and depth == 0) or (kind == "outer_only" and depth > 0):
@@ -43,10 +43,13 @@ def play(episode: LookupEpisode, kind: str, rng: random.Random) -> Demonstration
         else:
             lookup = rule.lookup(city)
             if lookup not in known:
-                known[lookup] = talk.look(lookup[0], *lookup[1])
+                known[lookup] = talk.look(lookup[0], *lookup[1], content=thought)
+                thought = ""
             holds = known[lookup] == [rule.value]
         rule, depth = (rule.yes if holds != (depth == misread) else rule.no), depth + 1
-    talk.submit([rule, city])
+        # what is left of the rules is written down, so that the next decision is between two words
+        thought = rule.words() if isinstance(rule, Rule) else ""
+    talk.submit([rule, city], content=thought)
     return talk.demonstration(kind)
 
 

@@ -111,6 +111,16 @@ def test_stopped_once(folder, tasks, undisturbed, steps):
     assert again.store.keys("training-state") == []
 
 
+@pytest.mark.slow
+def test_two_processes_go_on_together(folder, tasks):
+    config = CONFIG.model_copy(update={"processes": 2})
+    expected = pretraining.run(config, context(folder, "two"), {"tasks": tasks}).outputs["checkpoint"]
+    with pytest.raises(Stopped):
+        pretraining.run(config, context(folder, "two-stopped", StopsAfter(PHASE.steps + 2)), {"tasks": tasks})
+    pointer = pretraining.run(config, context(folder, "two-again"), {"tasks": tasks}).outputs["checkpoint"]
+    assert same(weights(folder, pointer), weights(folder, expected))
+
+
 def test_a_changed_configuration_begins_anew(folder, tasks):
     with pytest.raises(Stopped):
         pretraining.run(CONFIG, context(folder, "before-change", StopsAfter(6)), {"tasks": tasks})
