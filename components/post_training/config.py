@@ -91,6 +91,7 @@ class PostTrainingConfig(BaseModel):
         120, ge=1, description="tasks per environment of the validation split, which choose the checkpoint"
     )
     validation_every: int = Field(15, ge=1, description="steps between validations; the first is before step 0")
+    state_seconds: float = Field(20.0, ge=0, description="seconds between two saves of the training state")
     turn_tokens: int = Field(40, ge=1, description="tokens of one assistant turn")
     max_sequences: int = Field(0, ge=0, description="rollouts that an engine plays at once; 0 = a whole batch")
     cache_tokens: int = Field(262_144, ge=1, description="tokens of the key-value cache of an engine, at most")

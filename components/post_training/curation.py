@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from components.runtime.contracts import TaskRecord
 
@@ -35,6 +36,19 @@ class PromptSampler:
     def take(self, count: int) -> list[PromptGroup]:
         """The next `count` groups."""
         return [self._group() for _ in range(count)]
+
+    def state(self) -> dict[str, Any]:
+        """Where the stream is, in plain values."""
+        left = {family: [task.id for task in tasks] for family, tasks in self._left.items()}
+        return {"rng": self._rng.getstate(), "left": left, "round": list(self._round), "next": self._next}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go to where `state` was taken, of a stream over the same tasks."""
+        self._rng.setstate(state["rng"])
+        for family, ids in state["left"].items():
+            by_id = {task.id: task for task in self._tasks[family]}
+            self._left[family] = deque(by_id[task] for task in ids)
+        self._round, self._next = deque(state["round"]), state["next"]
 
     def _group(self) -> PromptGroup:
         if not self._round:

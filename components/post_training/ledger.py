@@ -45,6 +45,21 @@ class Ledger:
         if self._stream:
             self._stream.write(json.dumps(record) + "\n")
 
+    def go_on(self, records: Sequence[Mapping[str, Any]], reason: str) -> None:
+        """Begin with the `records` of an earlier try; groups that were under way in it are dropped for `reason`."""
+        assert not self.records
+        for record in records:
+            self.records.append(dict(record))
+            if self._stream:
+                self._stream.write(json.dumps(record) + "\n")
+            if record["event"] in ("issued", "finished"):
+                self._open.add(record["group"])
+            else:
+                self._open.discard(record["group"])
+            self._previous = record["hash"]
+        for group in sorted(self._open):
+            self.dropped(group, reason)
+
     def issued(self, group: int, task: str, family: str, version: int) -> None:
         self._open.add(group)
         self._write("issued", group=group, task=task, family=family, version=version)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ from components.post_training.config import PostTrainingConfig
 from components.post_training.curation import PromptSampler, balanced, by_family
 from components.post_training.flow import Flow
 from components.post_training.ledger import Ledger
+from components.post_training.resume import Resume
 from components.post_training.schedule import SCHEDULES, LocalPool, Pool
 from components.post_training.trainer import Learner
 from components.post_training.training import train
@@ -51,14 +53,24 @@ def run(config: PostTrainingConfig, context: StageContext, inputs: dict[str, Poi
     ledger_path = context.work_dir / "ledger.jsonl"
     ledger_path.unlink(missing_ok=True)
     ledger = Ledger(ledger_path)
-    flow = Flow(config, PromptSampler(tasks, config.group_size, f"{context.seed}/post_training"), ledger)
+    sampler = PromptSampler(tasks, config.group_size, f"{context.seed}/post_training")
+    flow, rng = Flow(config, sampler, ledger), random.Random(f"{context.seed}/post_training")
+    resume = Resume(context, context.identity(config, inputs), config.state_seconds)
     try:
         with open_ranks(config.processes, context.work_dir, follow, config, start, names, longest) as ranks:
             learner = Learner(config, model, ranks)
             worker = RolloutWorker(config, model, tokenizer, environments, longest, ranks)
+            course = resume.load(learner, sampler, ledger, rng)
+            worker.load(learner.version)
+
+            def after_step() -> None:
+                resume.save_if_due(course, learner, sampler, ledger, rng)
+
             with open_pool(config, context.work_dir / "ray", worker, tokenizer, environments, longest) as pool:
-                batches = SCHEDULES[config.schedule](config, pool, flow, lambda: learner.version)
-                summary = train(config, context, learner, flow, pool, batches, worker, validation)
+                pool.publish(learner.version)
+                batches = SCHEDULES[config.schedule](config, pool, flow, lambda: learner.version, course.step)
+                playing = (flow, pool, batches, worker, validation)
+                summary = train(config, context, learner, *playing, course, after_step, rng)
             ranks.deal([None] * ranks.size)
     except BaseException as error:
         ledger.close(f"stopped: {type(error).__name__}")
@@ -70,6 +82,7 @@ def run(config: PostTrainingConfig, context: StageContext, inputs: dict[str, Poi
     copy_tokenizer(start, checkpoint)
     parents = [inputs["tasks"], inputs["checkpoint"]]
     pointer = context.publish("checkpoint", checkpoint, parents=parents, facts=summary)
+    resume.finish()
     return StageResult({"checkpoint": pointer}, summary)
 
 
@@ -86,6 +99,8 @@ def follow(ranks: Ranks, config: PostTrainingConfig, start: Path, names: list[st
     while order := ranks.deal(None):
         if order[0] == "play":
             ranks.to_first(worker.play_share(*order[1:]))
+        elif order[0] == "load":
+            learner.take_state(*order[1:])
         else:
             with contextlib.suppress(FloatingPointError):  # rank 0 meets the same one, and stops
                 learner.take_step(*order[1:])

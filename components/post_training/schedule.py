@@ -1,7 +1,7 @@
 """When prompts are issued and when the learner takes a batch.
 
-A schedule is a generator of batches. It is asked for the next one after the learner trained on the last and published
-its weights; `version` then gives the number of those.
+A schedule is a generator of batches, from the step `start` on. It is asked for the next one after the learner trained
+on the last and published its weights; `version` then gives the number of those.
 
 - synchronous: a batch is played with the newest weights, while the learner waits.
 - one_step_off: the next batch is issued before this one is trained on, so that its tokens are one version old. Which
@@ -55,18 +55,22 @@ class LocalPool:
         self.worker.load(version)
 
 
-def synchronous(config: PostTrainingConfig, pool: Pool, flow: Flow, version: Callable[[], int]) -> Iterator[Batch]:
+def synchronous(
+    config: PostTrainingConfig, pool: Pool, flow: Flow, version: Callable[[], int], start: int = 0
+) -> Iterator[Batch]:
     """Play a batch, refill what teaches nothing, hand it over."""
-    for _ in range(config.steps):
+    for _ in range(start, config.steps):
         pool.submit(flow.issue(config.prompts, version()))
         gather(config, pool, flow, version())
         yield flow.batch(version())
 
 
-def one_step_off(config: PostTrainingConfig, pool: Pool, flow: Flow, version: Callable[[], int]) -> Iterator[Batch]:
+def one_step_off(
+    config: PostTrainingConfig, pool: Pool, flow: Flow, version: Callable[[], int], start: int = 0
+) -> Iterator[Batch]:
     """Hand over a batch while the next is played."""
     pool.submit(flow.issue(config.prompts, version()))
-    for step in range(config.steps):
+    for step in range(start, config.steps):
         gather(config, pool, flow, version())
         batch = flow.batch(version())
         if step + 1 < config.steps:
@@ -74,7 +78,9 @@ def one_step_off(config: PostTrainingConfig, pool: Pool, flow: Flow, version: Ca
         yield batch
 
 
-def asynchronous(config: PostTrainingConfig, pool: Pool, flow: Flow, version: Callable[[], int]) -> Iterator[Batch]:
+def asynchronous(
+    config: PostTrainingConfig, pool: Pool, flow: Flow, version: Callable[[], int], start: int = 0
+) -> Iterator[Batch]:
     """Keep the workers busy; a batch is what came back.
 
     It is complete with `prompts` groups to learn from, or when (1 + refills) * prompts groups came back.
@@ -82,7 +88,7 @@ def asynchronous(config: PostTrainingConfig, pool: Pool, flow: Flow, version: Ca
     # with this many under way at most, a batch is trained on before more than `staleness` others changed the weights
     limit = config.groups_in_flight or config.prompts * (config.staleness + 1)
     out = 0
-    for step in range(config.steps):
+    for step in range(start, config.steps):
         rest = config.prompts * (config.steps - step)  # more than these the run cannot use
         out += _issue(pool, flow, min(limit, rest) - out, version())
         while not _complete(config, flow, version()):

@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -53,6 +54,21 @@ class Learner:
                 parameter.requires_grad_(False)
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+
+    def state(self) -> dict[str, Any]:
+        """What a later try needs: weights, optimiser, version. The reference is the checkpoint that RL starts from."""
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "version": self.version}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go to where `state` was taken, on all ranks."""
+        self.ranks.deal([("load", state)] * self.ranks.size)
+        self.take_state(state)
+
+    def take_state(self, state: dict[str, Any]) -> None:
+        """This rank's part of `load_state`."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.version = state["version"]
 
     def set_learning_rate(self, step: int) -> None:
         """Linear from the peak down to `final_share` of it at the last step."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ import torch
 from components.post_training.alarms import StepSigns, alarm
 from components.post_training.config import PostTrainingConfig
 from components.post_training.flow import Batch, Flow
+from components.post_training.resume import Course
 from components.post_training.schedule import Pool
 from components.post_training.trainer import Learner
 from components.post_training.validation import validate
@@ -34,25 +35,28 @@ def train(
     batches: Iterator[Batch],
     validator: RolloutWorker,
     validation: Sequence[TaskRecord],
+    course: Course,
+    after_step: Callable[[], None],
+    rng: random.Random,
 ) -> dict[str, Any]:
-    """Run all steps, or until an alarm; leaves the best weights in the learner's model. Returns the key numbers.
+    """Run all steps from `course` on, or until an alarm; leaves the best weights in the learner's model.
 
-    `validator` plays with the learner's own weights. Raises InputError when there is nothing to learn from.
+    `validator` plays with the learner's own weights; `after_step` is called when all of a step is in `course`. Returns
+    the key numbers. Raises InputError when there is nothing to learn from.
     """
     context.progress.phase("GRPO" if config.objective == "grpo" else "RFT")
-    rng = random.Random(f"{context.seed}/post_training")
-    first = best = validate(validator, validation)
-    best_step, best_state = 0, copy.deepcopy(learner.model.state_dict())
-    context.tracker.metrics(first.metrics(), 0)
-    rollouts = trained_rollouts = empty = staleness_max = 0
-    gap_max, stopped, signs = 0.0, "", []
-    for step in range(config.steps):
+    if course.first is None or course.best is None:
+        course.first = course.best = validate(validator, validation)
+        course.best_weights = copy.deepcopy(learner.model.state_dict())
+        context.tracker.metrics(course.first.metrics(), 0)
+    stopped = ""
+    for step in range(course.step, config.steps):
         started = time.monotonic()
         batch = next(batches)
         rollout_seconds = time.monotonic() - started
         values = batch_metrics(batch)
-        empty = 0 if batch.groups else empty + 1
-        refuse_barren(batch, empty, config)
+        course.empty = 0 if batch.groups else course.empty + 1
+        refuse_barren(batch, course.empty, config)
         started = time.monotonic()
         learner.set_learning_rate(step)
         try:
@@ -67,39 +71,44 @@ def train(
             validator.load(learner.version)
         values |= {f"rl/{name}": learned.get(name, 0.0) for name in LEARNED}
         values |= {"rl/rollout_seconds": rollout_seconds, "rl/update_seconds": time.monotonic() - started}
-        rollouts += sum(len(group.episodes) for group in batch.played)
-        trained_rollouts += int(values["rl/trained_rollouts"])
+        course.rollouts += sum(len(group.episodes) for group in batch.played)
+        course.trained_rollouts += int(values["rl/trained_rollouts"])
         if not any(batch.staleness):
-            gap_max = max(gap_max, values["rl/logprob_gap"])
-        staleness_max = max([staleness_max, *batch.staleness])
+            course.gap_max = max(course.gap_max, values["rl/logprob_gap"])
+        course.staleness_max = max([course.staleness_max, *batch.staleness])
         if learned:
-            signs.append(StepSigns(values["rl/reward"], learned["entropy"], learned["kl"]))
-            stopped = alarm(signs, config.alarms)
+            course.signs.append(StepSigns(values["rl/reward"], learned["entropy"], learned["kl"]))
+            stopped = alarm(course.signs, config.alarms)
         if not stopped and ((step + 1) % config.validation_every == 0 or step + 1 == config.steps):
             passed = validate(validator, validation)
             values |= passed.metrics()
-            if passed.macro > best.macro:
-                best, best_step, best_state = passed, step + 1, copy.deepcopy(learner.model.state_dict())
+            if passed.macro > course.best.macro:
+                course.best, course.best_step = passed, step + 1
+                course.best_weights = copy.deepcopy(learner.model.state_dict())
         context.tracker.metrics(values, step + 1)
         shown = {key: values[f"rl/{key}"] for key in ("reward", "kl", "entropy")}
-        context.progress.update(step + 1, config.steps, {**shown, "best_validation": best.macro})
+        context.progress.update(step + 1, config.steps, {**shown, "best_validation": course.best.macro})
         if episodes := [episode for group in batch.played if not group.fault for episode in group.episodes]:
-            context.progress.episode(transcript(rng.choice(episodes)))
+            # which one is shown must not move the numbers that training draws
+            shown_episode = random.Random(f"{context.seed}/shown/{step}").choice(episodes)
+            context.progress.episode(transcript(shown_episode))
         if stopped:
             context.progress.note(f"stopped by the alarm {stopped}; the best weights so far are kept")
             break
-    learner.model.load_state_dict(best_state)
+        course.step = step + 1
+        after_step()
+    learner.model.load_state_dict(course.best_weights)
     learner.model.requires_grad_(True).eval()
     return {
-        "validation_pass_at_1_before": first.macro,
-        "validation_pass_at_1_best": best.macro,
-        "validation_by_family_before": first.by_family,
-        "validation_by_family_best": best.by_family,
-        "best_step": best_step,
-        "rollouts": rollouts,
-        "trained_rollouts": trained_rollouts,
-        "logprob_gap": gap_max,
-        "staleness_max": staleness_max,
+        "validation_pass_at_1_before": course.first.macro,
+        "validation_pass_at_1_best": course.best.macro,
+        "validation_by_family_before": course.first.by_family,
+        "validation_by_family_best": course.best.by_family,
+        "best_step": course.best_step,
+        "rollouts": course.rollouts,
+        "trained_rollouts": course.trained_rollouts,
+        "logprob_gap": course.gap_max,
+        "staleness_max": course.staleness_max,
         "stopped_by": stopped,
     }
 

@@ -8,6 +8,7 @@ import pytest
 from components.environments.chat_format import BOS, CHAT_TEMPLATE, END, PAD, SPECIAL_WORDS, UNKNOWN
 from components.environments.kg_query import KnowledgeGraphQuery
 from components.environments.protocol import Verdict
+from components.post_training import ray_cluster
 from components.post_training import run as post_training
 from components.post_training.config import PostTrainingConfig
 from components.runtime.object_store import open_store
@@ -105,3 +106,14 @@ def train(tmp_path, inputs, monkeypatch) -> Callable[..., tuple[StageResult, Pat
             stage.tracker.close()
 
     return run
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory):
+    """A cluster of this module, which the tests reach by RAY_ADDRESS, with more CPUs than this machine has."""
+    ray_cluster._authenticate()
+    process, address = ray_cluster._start(tmp_path_factory.mktemp("ray"), 4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ADDRESS", address)
+        yield address
+    ray_cluster._stop(process)

@@ -24,17 +24,6 @@ from model.checkpoint import load_model, load_tokenizer
 ROOT = Path(__file__).parents[3]
 
 
-@pytest.fixture(scope="module")
-def head(tmp_path_factory):
-    """A cluster of this module, which the tests reach by RAY_ADDRESS, with more CPUs than this machine has."""
-    ray_cluster._authenticate()
-    process, address = ray_cluster._start(tmp_path_factory.mktemp("ray"), 4)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_ADDRESS", address)
-        yield address
-    ray_cluster._stop(process)
-
-
 def ledger_of(folder):
     return read_ledger(folder / "records" / "artifacts" / "ledger.jsonl")
 
