@@ -1,8 +1,9 @@
 """Executes a compiled pipeline on this machine: kfp.local's SubprocessRunner, in a process of its own.
 
-    python -m pipelines.execute RUN_DIRECTORY < request.json
+    python -m pipelines.execute RUN_DIRECTORY PIPELINE < request.json
 
-The run directory holds `pipeline.yaml`; where it does not, it is compiled from `configurations.json` first. The request
+The run directory holds `pipeline.yaml`; where it does not, the pipeline of this name is compiled from
+`configurations.json` first. The request
 is one line of JSON: {"arguments": {...}, "environment": {...}, "cache": bool}. It comes by standard input because it
 holds the store's credentials. For every task, one line is added to `tasks.jsonl` in the
 run directory: {"component", "cached", "outputs": {name: local path}}. What KFP and the stages print goes to our output.
@@ -88,9 +89,10 @@ def main() -> None:
 
     compiled = run_directory / "pipeline.yaml"
     if not compiled.is_file():
-        from pipelines.training import compile_pipeline
+        from pipelines import catalogue
 
-        compile_pipeline(json.loads((run_directory / "configurations.json").read_text()), compiled)
+        configurations = json.loads((run_directory / "configurations.json").read_text())
+        catalogue.named(sys.argv[2]).compile(configurations, compiled)
     # Everything slow is done by now; the request comes when the store is up.
     request = json.loads(sys.stdin.readline())
     os.environ.update(request["environment"])
