@@ -110,7 +110,7 @@ def of_file(path: Path) -> Pipeline:
             f"or name one of {', '.join(PIPELINES)}"
         )
     try:
-        document = next(iter(yaml.load_all(path.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))), None)
+        document: Any = next(iter(yaml.load_all(path.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))), None)
         told = str(document["pipelineInfo"]["name"])
     except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError) as error:
         raise InputError(f"{path} is no compiled pipeline; write one with `sparseline compile`") from error
