@@ -31,8 +31,10 @@ def recording_cache(base: type, run_directory: Path) -> type:
     """KFP's local cache, telling of each hit and each result, and missing on results that are gone from the store."""
 
     class RecordingCache(base):
-        def compute_key(self, component_name: str, *args: Any, **kwargs: Any) -> str:
-            key: str = super().compute_key(component_name, *args, **kwargs)
+        def compute_key(self, component_name: str, *args: Any, arguments: dict[str, Any], **kwargs: Any) -> str:
+            # By what they point to: two tasks may hand the same checkpoint on, each in a file of its own.
+            named = {name: _pointed_to(value) for name, value in arguments.items()}
+            key: str = super().compute_key(component_name, *args, arguments=named, **kwargs)
             self.components = {**getattr(self, "components", {}), key: component_name}
             return key
 
@@ -54,6 +56,11 @@ def recording_cache(base: type, run_directory: Path) -> type:
             self._record(key, outputs, cached=False)
 
     return RecordingCache
+
+
+def _pointed_to(value: Any) -> Any:
+    metadata = getattr(value, "metadata", None)
+    return {"sha256": metadata["sha256"]} if isinstance(metadata, dict) and "sha256" in metadata else value
 
 
 def _still_there(outputs: dict[str, Any]) -> bool:

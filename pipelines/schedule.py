@@ -170,7 +170,7 @@ def remove_schedule(name: str, recurring_run_id: str, endpoint: str, namespace: 
     if recurring_run_id:
         found = [one for one in found if one.recurring_run_id == recurring_run_id]
     if not found:
-        there = ", ".join(sorted({one.display_name for one in everything})) or "none"
+        there = ", ".join(sorted({one.display_name or "?" for one in everything})) or "none"
         raise InputError(f"no schedule {name}" + (f" with the id {recurring_run_id}" if recurring_run_id else "")
                          + f"; there are: {there} (`sparseline schedule list`)")  # fmt: skip
     if len(found) > 1:
@@ -192,12 +192,12 @@ def list_schedules(endpoint: str, namespace: str, console: Console) -> int:
     made = Table(title_justify="left", show_edge=False)
     for column in ("name", "cron (UTC unless KFP says otherwise)", "state", "what", "id"):
         made.add_column(column, overflow="fold")
-    for one in sorted(existing(server), key=lambda one: one.display_name):
+    for one in sorted(existing(server), key=lambda one: one.display_name or ""):
         schedule = one.trigger.cron_schedule if one.trigger else None
         told = one.description or ""
         what = told.removeprefix(f"{MARK}; ") if MARK in told else "not made by sparseline"
         made.add_row(
-            one.display_name,
+            one.display_name or "?",
             schedule.cron if schedule else "periodic",
             "on" if one.mode == "ENABLE" else "off",
             what,
