@@ -1,4 +1,4 @@
-"""The command line: `sparseline run`, `compile`, `profiles`, `serve`, `verify`, `ui`."""
+"""The command line: `sparseline run`, `submit`, `schedule`, `compile`, `profiles`, `verify`, `serve`, `doctor`, ..."""
 
 from __future__ import annotations
 
@@ -24,6 +24,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 RUNS = typer.Option(help="folder of runs", envvar="SPARSELINE_RUNS")
+PIPELINE = typer.Option(help="training, retraining, evaluation or synthesis")
+PROFILE = typer.Option(help="profile by name (`sparseline profiles`)")
+ENDPOINT = typer.Option(help="address of Kubeflow Pipelines", envvar="KFP_ENDPOINT")
+NAMESPACE = typer.Option(help="namespace, where Kubeflow Pipelines serves many users", envvar="KFP_NAMESPACE")
+ACCOUNT = typer.Option(help="Kubernetes service account of the pods; default: that of KFP")
+VERSION = typer.Option(help="a registered version by name; default: the one of these sources")
+UPLOAD = typer.Option(help="upload the version when the server lacks it (--no-upload: Git registers versions)")
+schedules = typer.Typer(help="Recurring runs on Kubeflow Pipelines, by name.", no_args_is_help=True)
+app.add_typer(schedules, name="schedule")
 
 
 @app.command()
@@ -38,29 +47,37 @@ def run(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="STAGE.KEY=VALUE, over the profile; may be repeated")
     ] = None,
-    pipeline: Annotated[Path | None, typer.Option(help="execute this compiled pipeline")] = None,
+    pipeline: Annotated[
+        str, typer.Option(help="training, retraining, evaluation, synthesis, or a compiled pipeline's file")
+    ] = "training",
     base: Annotated[
-        Path | None, typer.Option(help="start from this checkpoint (a folder, Hugging Face layout)")
+        Path | None, typer.Option(help="start from (or evaluate) this checkpoint: a folder, Hugging Face layout")
     ] = None,
+    model: Annotated[
+        str, typer.Option(help="what to evaluate: champion, candidate, previous, a version, models:/...")
+    ] = "",
     cache: Annotated[bool, typer.Option(help="use results of earlier runs where nothing changed")] = True,
 ) -> None:
-    """Run the training pipeline on this machine."""
+    """Run a pipeline on this machine: training, unless another one is named."""
     from pipelines.run import RunOptions
     from pipelines.run import run as run_pipeline
 
-    options = RunOptions(profile, seed, runs, store, set_ or [], pipeline, base, cache)
+    options = RunOptions(profile, seed, runs, store, set_ or [], pipeline, base, cache, model)
     raise typer.Exit(run_pipeline(options, Console()))
 
 
 @app.command("compile")
 def compile_(
     profile: Annotated[str, typer.Option(help="profile by name, or a .yaml file")] = "nano",
+    pipeline: Annotated[str, typer.Option(help="training, retraining, evaluation or synthesis")] = "training",
     output: Annotated[Path, typer.Option(help="the file to write; with --all, the folder")] = Path("pipeline.yaml"),
     set_: Annotated[list[str] | None, typer.Option("--set", help="STAGE.KEY=VALUE, over the profile")] = None,
-    all_: Annotated[bool, typer.Option("--all", help="every profile, for a cluster, into a folder")] = False,
+    all_: Annotated[
+        bool, typer.Option("--all", help="every pipeline and profile, for a cluster, into a folder")
+    ] = False,
 ) -> None:
-    """Write the training pipeline as KFP v2 YAML."""
-    from pipelines import profiles
+    """Write a pipeline as KFP v2 YAML."""
+    from pipelines import catalogue, profiles
 
     if all_:
         if set_:
@@ -72,10 +89,75 @@ def compile_(
         return
 
     configurations = profiles.resolve(profiles.override(profiles.load(profile), set_ or []))
-    from pipelines.training import compile_pipeline
-
     with errors.disk_errors(output):
-        print(compile_pipeline(configurations, output))
+        print(catalogue.named(pipeline).compile(configurations, output))
+
+
+@app.command()
+def submit(
+    pipeline: Annotated[str, PIPELINE] = "training",
+    profile: Annotated[str, PROFILE] = "nano",
+    seed: Annotated[int, typer.Option(min=0, help="seed of training and synthesis")] = 0,
+    occasion: Annotated[
+        str, typer.Option(help="what the seed of retraining and evaluation follows from; default: the run's id")
+    ] = "",
+    model: Annotated[str, typer.Option(help="what to evaluate: candidate, previous, a version, models:/...")] = "",
+    champion: Annotated[bool, typer.Option(help="compare a training with the registered champion")] = True,
+    version: Annotated[str, VERSION] = "",
+    upload: Annotated[bool, UPLOAD] = True,
+    wait: Annotated[bool, typer.Option(help="wait for the end and show what happens")] = True,
+    endpoint: Annotated[str, ENDPOINT] = "",
+    namespace: Annotated[str, NAMESPACE] = "",
+    service_account: Annotated[str, ACCOUNT] = "",
+) -> None:
+    """Run a pipeline on Kubeflow Pipelines."""
+    from pipelines.submit import SubmitOptions
+    from pipelines.submit import submit as submit_run
+
+    options = SubmitOptions(
+        pipeline, profile, seed, occasion, model, champion, version, upload, wait, endpoint, namespace, service_account
+    )
+    raise typer.Exit(submit_run(options, Console()))
+
+
+@schedules.command("set")
+def schedule_set(
+    name: Annotated[str, typer.Argument(help="name of the schedule")],
+    cron: Annotated[str, typer.Option(help="six fields: second minute hour day-of-month month day-of-week")],
+    pipeline: Annotated[str, PIPELINE] = "retraining",
+    profile: Annotated[str, PROFILE] = "nano",
+    version: Annotated[str, VERSION] = "",
+    upload: Annotated[bool, UPLOAD] = True,
+    endpoint: Annotated[str, ENDPOINT] = "",
+    namespace: Annotated[str, NAMESPACE] = "",
+    service_account: Annotated[str, ACCOUNT] = "",
+) -> None:
+    """Make the schedule of this name what is said here; doing it twice changes nothing."""
+    from pipelines.schedule import ScheduleOptions, set_schedule
+
+    options = ScheduleOptions(name, cron, pipeline, profile, version, upload, endpoint, namespace, service_account)
+    raise typer.Exit(set_schedule(options, Console()))
+
+
+@schedules.command("list")
+def schedule_list(endpoint: Annotated[str, ENDPOINT] = "", namespace: Annotated[str, NAMESPACE] = "") -> None:
+    """List the schedules."""
+    from pipelines.schedule import list_schedules
+
+    raise typer.Exit(list_schedules(endpoint, namespace, Console()))
+
+
+@schedules.command("remove")
+def schedule_remove(
+    name: Annotated[str, typer.Argument(help="name of the schedule")],
+    id_: Annotated[str, typer.Option("--id", help="which, where several have the name")] = "",
+    endpoint: Annotated[str, ENDPOINT] = "",
+    namespace: Annotated[str, NAMESPACE] = "",
+) -> None:
+    """Remove a schedule; the runs that it started stay."""
+    from pipelines.schedule import remove_schedule
+
+    raise typer.Exit(remove_schedule(name, id_, endpoint, namespace, Console()))
 
 
 @app.command("profiles")
@@ -122,6 +204,23 @@ def verify(
     settings = local_settings(runs, store).model_copy(update={"model": name})
     drawn = secrets.randbelow(1 << 31) if seed is None else seed
     raise typer.Exit(verify_model(settings, model, sample=sample, seed=drawn, console=Console()))
+
+
+@app.command()
+def doctor(
+    cluster: Annotated[bool, typer.Option("--cluster", help="look at the cluster of the kubeconfig")] = False,
+    profile: Annotated[str, PROFILE] = "nano",
+    platform: Annotated[str, typer.Option(help="namespace of MLflow, store and serving")] = "sparseline",
+    runs: Annotated[str, typer.Option(help="namespace in which pipelines run")] = "kubeflow",
+    context: Annotated[str, typer.Option(help="context of the kubeconfig; default: the current one")] = "",
+) -> None:
+    """What is missing, on this machine or on a cluster, and the command that fixes it."""
+    from pipelines import cluster_doctor
+    from pipelines import doctor as machine_doctor
+
+    if cluster:
+        raise typer.Exit(cluster_doctor.doctor(profile, platform, runs, context, Console()))
+    raise typer.Exit(machine_doctor.main())
 
 
 @app.command()

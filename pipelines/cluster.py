@@ -2,9 +2,9 @@
 
     sparseline compile --all --output manifests/pipelines
 
-For every profile: `<profile>/pipeline.yaml`, to upload in the KFP UI, and `<profile>/resources.yaml`, the same pipeline
-as Pipeline and PipelineVersion for a KFP that keeps pipelines as custom resources. Versions cannot be changed there, so
-a version is named by the hash of its content.
+For every pipeline and profile: `PIPELINE/PROFILE/pipeline.yaml`, to upload in the KFP UI, and `resources.yaml` beside
+it, the same as Pipeline and PipelineVersion for a KFP that keeps pipelines as custom resources. Versions cannot be
+changed there, so a version is named by the hash of its content.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from components.runtime.errors import InputError
 from components.runtime.image import IMAGE
-from pipelines import profiles
+from pipelines import catalogue, profiles
+from pipelines.catalogue import Pipeline
 from pipelines.stages import STAGES
-from pipelines.training import training_pipeline
 
 USER = 10001  # the numeric user of the images
 SETTINGS, STORE_SECRET = "sparseline-settings", "sparseline-store"  # in the namespace in which a pipeline runs
@@ -122,30 +122,44 @@ def without_versions(text: str) -> str:
     return re.sub(r"(?m)^(\s*)sdkVersion: .*\n", "", text)
 
 
-def compile_profile(profile: str, directory: Path) -> None:
-    """Write one profile's pipeline into `directory`."""
+def pipeline_name(pipeline: Pipeline, profile: str) -> str:
+    """The name of a pipeline in KFP."""
+    return f"{catalogue.PREFIX}{pipeline.name}-{profile}"
+
+
+def version_name(name: str, compiled: Path) -> str:
+    """The name of the version: the pipeline's, and the hash of what is in the file."""
+    return f"{name}-{hashlib.sha256(without_versions(compiled.read_text()).encode()).hexdigest()[:12]}"
+
+
+def display_name(name: str) -> str:
+    """What a person reads: `Sparseline training, nano`."""
+    _, pipeline, profile = name.split("-", 2)
+    return f"Sparseline {pipeline}, {profile}"
+
+
+def compile_profile(pipeline: Pipeline, profile: str, directory: Path) -> None:
+    """Write one pipeline with one profile into `directory`."""
     loaded = profiles.load(profile)
     configurations = profiles.resolve(loaded)
     # On a cluster the image is the code.
     baked = {name: {"config": json.dumps(configurations[name], sort_keys=True), "code": IMAGE} for name in STAGES}
-    pipeline = training_pipeline(
-        configurations, baked=baked, prepare=prepare(task_resources(loaded.cluster), loaded.model)
-    )
-    name = f"sparseline-training-{profile}"
+    function = pipeline.function(configurations, baked, prepare(task_resources(loaded.cluster), loaded.model))
+    name = pipeline_name(pipeline, profile)
     directory.mkdir(parents=True, exist_ok=True)
     compiled = directory / "pipeline.yaml"
-    compiler.Compiler().compile(pipeline, str(compiled), pipeline_name=name)
-    version = f"{name}-{hashlib.sha256(without_versions(compiled.read_text()).encode()).hexdigest()[:12]}"
+    compiler.Compiler().compile(function, str(compiled), pipeline_name=name)
+    version = version_name(name, compiled)
     resources = directory / "resources.yaml"
     options = KubernetesManifestOptions(
         pipeline_name=name,
-        pipeline_display_name=f"Sparseline training, {profile}",
+        pipeline_display_name=display_name(name),
         pipeline_version_name=version,
         pipeline_version_display_name=version,
         include_pipeline_manifest=True,
     )
     compiler.Compiler().compile(
-        pipeline,
+        function,
         str(resources),
         pipeline_name=name,
         kubernetes_manifest_format=True,
@@ -155,14 +169,19 @@ def compile_profile(profile: str, directory: Path) -> None:
 
 def compile_all(output: Path) -> list[Path]:
     """Write the pipelines of all profiles and a kustomization.yaml into `output`; what was there is replaced."""
-    names = profiles.names()
-    for name in names:
+    places = {
+        f"{pipeline.name}/{profile}": (pipeline, profile)
+        for pipeline in catalogue.PIPELINES.values()
+        for profile in profiles.names()
+    }
+    for name in catalogue.PIPELINES:
         shutil.rmtree(output / name, ignore_errors=True)
-        compile_profile(name, output / name)
+    for place, (pipeline, profile) in places.items():
+        compile_profile(pipeline, profile, output / place)
     kustomization = {
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
         "kind": "Kustomization",
-        "resources": [f"{name}/resources.yaml" for name in names],
+        "resources": [f"{place}/resources.yaml" for place in places],
     }
     (output / "kustomization.yaml").write_text(yaml.safe_dump(kustomization, sort_keys=False))
-    return [output / name for name in names]
+    return [output / place for place in places]

@@ -1,8 +1,9 @@
 """Executes a compiled pipeline on this machine: kfp.local's SubprocessRunner, in a process of its own.
 
-    python -m pipelines.execute RUN_DIRECTORY < request.json
+    python -m pipelines.execute RUN_DIRECTORY PIPELINE < request.json
 
-The run directory holds `pipeline.yaml`; where it does not, it is compiled from `configurations.json` first. The request
+The run directory holds `pipeline.yaml`; where it does not, the pipeline of this name is compiled from
+`configurations.json` first. The request
 is one line of JSON: {"arguments": {...}, "environment": {...}, "cache": bool}. It comes by standard input because it
 holds the store's credentials. For every task, one line is added to `tasks.jsonl` in the
 run directory: {"component", "cached", "outputs": {name: local path}}. What KFP and the stages print goes to our output.
@@ -30,8 +31,10 @@ def recording_cache(base: type, run_directory: Path) -> type:
     """KFP's local cache, telling of each hit and each result, and missing on results that are gone from the store."""
 
     class RecordingCache(base):
-        def compute_key(self, component_name: str, *args: Any, **kwargs: Any) -> str:
-            key: str = super().compute_key(component_name, *args, **kwargs)
+        def compute_key(self, component_name: str, *args: Any, arguments: dict[str, Any], **kwargs: Any) -> str:
+            # By what they point to: two tasks may hand the same checkpoint on, each in a file of its own.
+            named = {name: _pointed_to(value) for name, value in arguments.items()}
+            key: str = super().compute_key(component_name, *args, arguments=named, **kwargs)
             self.components = {**getattr(self, "components", {}), key: component_name}
             return key
 
@@ -53,6 +56,11 @@ def recording_cache(base: type, run_directory: Path) -> type:
             self._record(key, outputs, cached=False)
 
     return RecordingCache
+
+
+def _pointed_to(value: Any) -> Any:
+    metadata = getattr(value, "metadata", None)
+    return {"sha256": metadata["sha256"]} if isinstance(metadata, dict) and "sha256" in metadata else value
 
 
 def _still_there(outputs: dict[str, Any]) -> bool:
@@ -88,9 +96,10 @@ def main() -> None:
 
     compiled = run_directory / "pipeline.yaml"
     if not compiled.is_file():
-        from pipelines.training import compile_pipeline
+        from pipelines import catalogue
 
-        compile_pipeline(json.loads((run_directory / "configurations.json").read_text()), compiled)
+        configurations = json.loads((run_directory / "configurations.json").read_text())
+        catalogue.named(sys.argv[2]).compile(configurations, compiled)
     # Everything slow is done by now; the request comes when the store is up.
     request = json.loads(sys.stdin.readline())
     os.environ.update(request["environment"])

@@ -53,7 +53,8 @@ def write(directory: Path, summary: Mapping[str, Any], watch: RunWatch, store: O
 
 def read_evaluation(watch: RunWatch, store: ObjectStore) -> dict[str, Any]:
     """evaluation.json of this run, or an empty mapping when there was no evaluation."""
-    pointer = look_up(watch.stages["evaluation"].record, "outputs.evaluation")
+    view = watch.stages.get("evaluation")
+    pointer = look_up(view.record, "outputs.evaluation") if view else None
     if pointer is None:
         return {}
     uri = Pointer.model_validate(pointer).uri
@@ -102,7 +103,7 @@ def headline(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 def training_figures(watch: RunWatch) -> list[str]:
     """Loss, KL and reward of the training stages, and pass@1 on validation."""
     figures = []
-    for stage in TRAINING:
+    for stage in (name for name in TRAINING if name in watch.stages):
         curves, phases = one_axis(read_metrics(watch.stage_directory(stage)))
         title = watch.stages[stage].title
         for label, words, unit in (

@@ -1,4 +1,4 @@
-"""`sparseline run`: executes the compiled training pipeline on this machine and shows what it does.
+"""`sparseline run`: executes a compiled pipeline on this machine and shows what it does.
 
 This process owns the run: it starts the object store, the KFP process and nothing else, follows the files that the
 stages write, carries their records into MLflow, and ends every child however it ends itself.
@@ -27,9 +27,11 @@ from components.runtime.contracts import Pointer
 from components.runtime.embedded_store import embedded_store, weed_program
 from components.runtime.errors import InputError, disk_errors
 from components.runtime.object_store import ObjectStore, S3Store
+from components.runtime.registry import Registry
 from components.runtime.settings import NO_USAGE_REPORTING, Settings, new_run_id
 from components.runtime.stage import write_json
-from pipelines import profiles, report, summary
+from pipelines import catalogue, profiles, report, summary
+from pipelines.catalogue import Pipeline
 from pipelines.code_digest import ROOT
 from pipelines.display import display
 from pipelines.mirror import RunMirror
@@ -42,16 +44,21 @@ STOP_SECONDS = 3.0
 
 @dataclass
 class RunOptions:
-    """What the command line said. `store`: URI or directory, empty for the embedded one."""
+    """What the command line said. `store`: URI or directory, empty for the embedded one.
+
+    `pipeline`: a name of the catalogue, or a compiled file. `model`: what the evaluation pipeline plays, empty for the
+    champion.
+    """
 
     profile: str
     seed: int
     runs: Path = Path("runs")
     store: str = ""
     settings: list[str] = field(default_factory=list)
-    pipeline: Path | None = None
+    pipeline: str | Path = "training"
     base: Path | None = None
     use_cache: bool = True
+    model: str = ""
 
 
 def run(options: RunOptions, console: Console) -> int:
@@ -62,8 +69,7 @@ def run(options: RunOptions, console: Console) -> int:
     started = time.monotonic()
     profile = profiles.override(profiles.load(options.profile), options.settings)
     configurations = profiles.resolve(profile)
-    if options.pipeline and not options.pipeline.is_file():
-        raise InputError(f"the compiled pipeline {options.pipeline} does not exist; write it with `sparseline compile`")
+    pipeline, compiled = chosen(options)
     if options.base and not (options.base / "config.json").is_file():
         raise InputError(f"the base checkpoint {options.base} has no config.json; give a folder in Hugging Face layout")
     runs = options.runs.resolve()
@@ -78,23 +84,18 @@ def run(options: RunOptions, console: Console) -> int:
             directory.mkdir(parents=True, exist_ok=True)
         write_json(directory / "configurations.json", configurations)
         # It compiles while we connect to MLflow.
-        execution = stack.enter_context(Execution(directory, options.pipeline))
+        execution = stack.enter_context(Execution(directory, pipeline, compiled))
         try:
             base = publish_base(store, options.base, settings.run_id)
             mirror = RunMirror.connect(store_settings, options.profile, options.seed)
+            arguments = arguments_of(pipeline, options, base, mirror)
         except BaseException:
             execution.stop()
             shutil.rmtree(directory, ignore_errors=True)
             raise
-        arguments = {
-            "seed": options.seed,
-            "base_checkpoint": base.model_dump_json() if base else "",
-            "champion": mirror.champion.pointer.model_dump_json() if mirror.champion else "",
-            "champion_version": mirror.champion.version if mirror.champion else "",
-        }
-        watch = RunWatch(directory)
+        watch = RunWatch(directory, pipeline.stages)
         memory = PeakMemory()
-        title = f"sparseline run, profile {options.profile}, seed {options.seed}, {directory}"
+        title = f"sparseline run, {pipeline.title}, profile {options.profile}, seed {options.seed}, {directory}"
         interrupted = False
         try:
             execution.begin(arguments, store_settings, options.use_cache)
@@ -111,11 +112,12 @@ def run(options: RunOptions, console: Console) -> int:
             interrupted = True
             execution.stop()
             watch.poll()
-        code, message = outcome(watch, execution, interrupted)
+        code, message = outcome(watch, execution, interrupted, pipeline)
         status = {0: "finished", 2: "bad input", 3: "rejected", 130: "stopped"}.get(code, "failed")
         made = summary.summarise(
             watch,
             run_id=settings.run_id,
+            pipeline=pipeline.name,
             profile=options.profile,
             seed=options.seed,
             wall_seconds=time.monotonic() - started,
@@ -136,6 +138,40 @@ def run(options: RunOptions, console: Console) -> int:
     if message:
         console.print(message, style="red" if code != 3 else "yellow", markup=False, highlight=False, soft_wrap=True)
     return code
+
+
+def chosen(options: RunOptions) -> tuple[Pipeline, Path | None]:
+    """The pipeline that the options name, and the compiled file where they give one.
+
+    Raises InputError for an unknown name, a missing or strange file, and options that this pipeline has no use for.
+    """
+    compiled = None if str(options.pipeline) in catalogue.PIPELINES else Path(options.pipeline)
+    pipeline = catalogue.of_file(compiled) if compiled else catalogue.named(str(options.pipeline))
+    if options.base and pipeline.name not in ("training", "evaluation"):
+        raise InputError(f"--base: the {pipeline.name} pipeline takes no checkpoint; leave it away")
+    if options.model and (options.base or pipeline.name != "evaluation"):
+        raise InputError("--model names what `--pipeline evaluation` plays; give it there, and without --base")
+    return pipeline, compiled
+
+
+def arguments_of(pipeline: Pipeline, options: RunOptions, base: Pointer | None, mirror: RunMirror) -> dict[str, Any]:
+    """The arguments of the pipeline, all of them. Raises InputError when the model to evaluate does not exist."""
+    seed = {"seed": options.seed}
+    # One text for one command: what is started again goes on after the last finished stage.
+    occasion = {"occasion": f"seed {options.seed}"}
+    if pipeline.name == "training":
+        champion = mirror.champion
+        return seed | {
+            "base_checkpoint": base.model_dump_json() if base else "",
+            "champion": champion.pointer.model_dump_json() if champion else "",
+            "champion_version": champion.version if champion else "",
+        }
+    if pipeline.name == "evaluation":
+        if options.model:
+            registry = Registry(mirror.settings, mirror.client)
+            base = registry.resolve(registry.uri(options.model)).pointer
+        return occasion | {"checkpoint": base.model_dump_json() if base else ""}
+    return occasion if pipeline.name == "retraining" else seed
 
 
 def local_settings(runs: Path, store: str) -> Settings:
@@ -213,12 +249,12 @@ def publish_base(store: ObjectStore, base: Path | None, run_id: str) -> Pointer 
 class Execution:
     """The KFP process: compiles, waits for its request, executes."""
 
-    def __init__(self, directory: Path, pipeline: Path | None) -> None:
+    def __init__(self, directory: Path, pipeline: Pipeline, compiled: Path | None) -> None:
         self.directory = directory
         self.log = directory / "pipeline.log"
         self.pipeline = directory / "pipeline.yaml"
-        if pipeline:
-            self.pipeline.write_bytes(pipeline.read_bytes())
+        if compiled:
+            self.pipeline.write_bytes(compiled.read_bytes())
         self._output: IO[bytes] = self.log.open("wb")
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {
@@ -229,7 +265,7 @@ class Execution:
             processes.OWNER: processes.identity(),
         }
         self.process = processes.start(
-            [sys.executable, "-m", "pipelines.execute", str(directory)],
+            [sys.executable, "-m", "pipelines.execute", str(directory), pipeline.name],
             environment=environment,
             stdin=subprocess.PIPE,
             stdout=self._output,
@@ -260,7 +296,7 @@ class Execution:
         processes.stop(self.process, seconds=STOP_SECONDS)
 
 
-def outcome(watch: RunWatch, execution: Execution, interrupted: bool) -> tuple[int, str]:
+def outcome(watch: RunWatch, execution: Execution, interrupted: bool, pipeline: Pipeline) -> tuple[int, str]:
     """The run's exit code, and a message for a person when it is not 0."""
     if interrupted:
         return errors.EXIT_INTERRUPTED, "stopped; run the same command again to go on after the last finished stage"
@@ -277,7 +313,7 @@ def outcome(watch: RunWatch, execution: Execution, interrupted: bool) -> tuple[i
         return errors.EXIT_FAULT, f"{running.name}: {running.failure['message']}; its log is {execution.log}"
     if execution.process.returncode != 0:
         return errors.EXIT_FAULT, f"the pipeline failed; the end of {execution.log}:\n{tail(execution.log)}"
-    missing = [name for name in ("gate", "promotion", "serving") if watch.stages[name].state not in ("done", "cached")]
+    missing = [name for name in pipeline.ends if watch.stages[name].state not in ("done", "cached")]
     if missing:
         return errors.EXIT_FAULT, (
             f"the pipeline ended without {', '.join(missing)}: {execution.pipeline} is not the whole pipeline; "

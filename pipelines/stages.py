@@ -1,4 +1,4 @@
-"""The stages of the training pipeline: which function and which configuration class each one is."""
+"""The stages of all pipelines: which function and which configuration class each one is."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ class Stage:
         return [self.run.split(":")[0], self.config.split(":")[0], "components.runtime.stage"]
 
 
-# In the order of the DAG; `rejected` takes the place of `promotion` and `serving` when the gate says so.
+# In the order of the DAGs; `rejected` takes the place of `promotion` and `serving` when the gate says so.
 STAGES: dict[str, Stage] = {
+    "origin": Stage("Origin", "components.evaluation.origin:run", "components.evaluation.origin:OriginConfig"),
     "synthesis": Stage("Synthesis", "components.synthesis.run:run", "components.synthesis.config:SynthesisConfig"),
     "pretraining": Stage(
         "Pre-training", "components.pretraining.run:run", "components.pretraining.config:PretrainingConfig"

@@ -12,6 +12,7 @@ from pipelines.watch import RunWatch
 
 # What a table row says of a stage: (label, path into the stage's summary). Missing numbers are left out.
 KEY_NUMBERS: dict[str, list[tuple[str, str]]] = {
+    "origin": [("model", "model"), ("champion version", "champion_version"), ("fresh seed", "fresh_seed")],
     "synthesis": [
         ("tasks", "train_tasks"),
         ("held-out templates", "test_templates"),
@@ -56,7 +57,15 @@ def look_up(values: Mapping[str, Any], path: str) -> Any:
 
 
 def summarise(
-    watch: RunWatch, *, run_id: str, profile: str, seed: int, wall_seconds: float, peak_bytes: int, status: str
+    watch: RunWatch,
+    *,
+    run_id: str,
+    profile: str,
+    seed: int,
+    wall_seconds: float,
+    peak_bytes: int,
+    status: str,
+    pipeline: str = "training",
 ) -> dict[str, Any]:
     """summary.json: what the whole run did, and the summary of each stage beside it.
 
@@ -80,6 +89,7 @@ def summarise(
     records = {view.name: view.record.get("summary", {}) for view in watch.stages.values()}
     summary: dict[str, Any] = {
         "run_id": run_id,
+        "pipeline": pipeline,
         "profile": profile,
         "seed": seed,
         "status": status,
@@ -87,16 +97,17 @@ def summarise(
         "peak_rss_bytes": peak_bytes,
         "stages": stages,
     }
-    summary.update({name: value for name, value in records["evaluation"].items() if name not in summary})
+    summary.update({name: value for name, value in records.get("evaluation", {}).items() if name not in summary})
     for name in ("gate", "serving"):
-        if records[name]:
+        if records.get(name):
             summary[name] = records[name]
     return summary
 
 
 def table(summary: Mapping[str, Any]) -> Table:
     """One row a stage: time and key numbers."""
-    made = Table(title=f"{summary['profile']}, seed {summary['seed']}: {summary['status']}", title_justify="left")
+    what = f"{summary['pipeline']} of {summary['profile']}, seed {summary['seed']}"
+    made = Table(title=f"{what}: {summary['status']}", title_justify="left")
     made.add_column("stage")
     made.add_column("time", justify="right", no_wrap=True)
     made.add_column("key numbers")

@@ -22,12 +22,11 @@ from components.runtime import artifacts, errors
 from components.runtime.contracts import GateVerdict, Manifest, Pointer
 from components.runtime.errors import InputError
 from components.runtime.object_store import ObjectStore, key_of
-from components.runtime.registry import CANDIDATE, CHAMPION, PREVIOUS, Registry
+from components.runtime.registry import Registry
 from components.runtime.settings import Settings
 from components.runtime.task_set import read_long_tasks, read_tasks
 from pipelines.run import only_run, open_or_embed
 
-ALIASES = (CANDIDATE, CHAMPION, PREVIOUS)
 EXIT_UNVERIFIED = errors.EXIT_REJECTED
 
 
@@ -39,9 +38,7 @@ def verify(settings: Settings, model: str, *, sample: int, seed: int, console: C
     if not (settings.runs / "mlflow.db").is_file() and settings.tracking_uri.startswith("sqlite:///"):
         raise InputError(f"{settings.runs} holds no registry; run `sparseline run` first, or give --runs")
     registry = Registry(settings)
-    if model in ALIASES or model.isdigit():
-        model = f"models:/{registry.name}{'/' if model.isdigit() else '@'}{model}"
-    version = registry.resolve(model)
+    version = registry.resolve(registry.uri(model))
     with only_run(settings.runs), open_or_embed(settings) as (_, store):
         console.print(f"{version.name} version {version.version}, checkpoint {version.pointer.uri}", soft_wrap=True)
         checks = list(checks_of(store, version.pointer, sample=sample, seed=seed))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,15 +41,18 @@ class StageView:
 
 
 class RunWatch:
-    """Follows a run directory. `poll` reads what is new and returns events for whoever prints lines."""
+    """Follows a run directory. `poll` reads what is new and returns events for whoever prints lines.
 
-    def __init__(self, directory: Path) -> None:
+    `stages`: those of the pipeline that runs there, in their order.
+    """
+
+    def __init__(self, directory: Path, stages: Iterable[str] = STAGES) -> None:
         self.directory = directory
-        self.stages = {name: StageView(name, stage.title) for name, stage in STAGES.items()}
+        self.stages = {name: StageView(name, STAGES[name].title) for name in stages}
         self.episode: tuple[str, str] | None = None  # stage, text
         self.episodes = 0
         self._tasks = Lines(directory / TASKS)
-        self._progress = {name: Lines(self.stage_directory(name) / "progress.jsonl") for name in STAGES}
+        self._progress = {name: Lines(self.stage_directory(name) / "progress.jsonl") for name in self.stages}
 
     def stage_directory(self, name: str) -> Path:
         return self.directory / "stages" / name

@@ -1,10 +1,11 @@
-"""`python -m components.evaluation [evaluation|champion|gate|promotion|rejected] --config file.yaml`"""
+"""`python -m components.evaluation [evaluation|origin|champion|gate|promotion|rejected] --config file.yaml`"""
 
 import sys
 
 from components.runtime.stage import main
 
 STAGES = {
+    "origin": "Origin",
     "champion": "Champion",
     "gate": "Gate",
     "promotion": "Promotion",

@@ -132,3 +132,47 @@ def rejected(
         run="components.evaluation.rejected:run",
         config_class="components.evaluation.rejected:RejectedConfig",
     )
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def origin(
+    config: str,
+    code: str,
+    occasion: str,
+    model: str,
+    checkpoint: dsl.Output[dsl.Model],
+    trained_from: dsl.Output[dsl.Model],
+    champion: dsl.OutputPath(str),  # type: ignore[valid-type]
+    champion_version: dsl.OutputPath(str),  # type: ignore[valid-type]
+    fresh_seed: dsl.OutputPath(int),  # type: ignore[valid-type]
+    split_seed: dsl.OutputPath(int),  # type: ignore[valid-type]
+    summary: dsl.Output[dsl.Metrics],
+) -> None:
+    """Which checkpoint a run starts from (`model`: a pointer's JSON, or empty: the champion), and its fresh seed.
+
+    `occasion`: what the seed follows from; empty: the run's id.
+    """
+    import json
+    from pathlib import Path
+
+    from components.runtime.stage import run_component
+
+    result = run_component(
+        "origin",
+        json.dumps({**json.loads(config), "occasion": occasion}),
+        0,
+        inputs={"checkpoint": model},
+        outputs={"checkpoint": checkpoint, "trained_from": trained_from},
+        summary=summary,
+        run="components.evaluation.origin:run",
+        config_class="components.evaluation.origin:OriginConfig",
+    )
+    pointer = result.summary["champion"]
+    for value, path in (
+        (json.dumps(pointer) if pointer else "", champion),
+        (result.summary["champion_version"], champion_version),
+        (result.summary["fresh_seed"], fresh_seed),
+        (result.summary["split_seed"], split_seed),
+    ):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(str(value))

@@ -123,6 +123,12 @@ class Registry:
         self.set_alias(CHAMPION, version.version)
         return version
 
+    def uri(self, model: str) -> str:
+        """models:/... of an alias or a version number of this model; another text is given back as it is."""
+        if model in (CANDIDATE, CHAMPION, PREVIOUS):
+            return f"{SCHEME}{self.name}@{model}"
+        return f"{SCHEME}{self.name}/{model}" if model.isdigit() else model
+
     def resolve(self, uri: str) -> ModelVersion:
         """The version behind `models:/NAME@ALIAS` or `models:/NAME/VERSION` (`models:/@champion`: our own name).
 

@@ -17,6 +17,9 @@ class SynthesisConfig(BaseModel):
     validation_tasks: int = Field(default=300, ge=1, description="tasks for choosing a checkpoint, per family")
     test_tasks: int = Field(default=600, ge=1, description="tasks of held-out templates, per family")
     long_tasks: int = Field(default=48, ge=0, description="held-out tasks beyond the training length, per family")
+    split_seed: int | None = Field(
+        default=None, ge=0, description="seed that deals the templates to the splits; none: the run's seed"
+    )
     test_templates: int = Field(default=27, ge=1, description="templates held out for the test split, per family")
     validation_templates: int = Field(default=12, ge=1, description="templates of the validation split, per family")
     demonstrations: int = Field(default=12000, ge=1, description="demonstrations on train templates, per family")

@@ -73,7 +73,9 @@ def run(config: SynthesisConfig, context: StageContext, inputs: dict[str, Pointe
     page = write_report(context.work_dir, summary, reports, families, tasks)
     for file in (directory / BATTERY, page):
         context.tracker.artifact(file)
-    pointer = context.publish("task-set", directory, facts=summary)
+    # A later run that starts from a model of this one holds the same templates out.
+    split_seed = context.seed if config.split_seed is None else config.split_seed
+    pointer = context.publish("task-set", directory, facts={**summary, "split_seed": split_seed})
     return StageResult({"tasks": pointer}, summary)
 
 
@@ -152,7 +154,7 @@ def make_family(family: Family, config: SynthesisConfig, seed: int, tick: Callab
     held_out = (config.validation_templates, config.test_templates)
     if len(groups_of_templates(family, family.templates())) < len(family.templates()):
         held_out = (config.validation_environments, config.test_environments)
-    splits = split_templates(family, seed, *held_out)
+    splits = split_templates(family, seed if config.split_seed is None else config.split_seed, *held_out)
     battery = battery_of(family, splits["train"], config, seed)
     sizes: dict[Split, int] = {
         "train": config.train_tasks,

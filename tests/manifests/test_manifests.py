@@ -177,9 +177,14 @@ def test_the_compiled_pipelines_are_those_of_the_sources(tmp_path):
     assert compare(ROOT / "manifests/pipelines", tmp_path) == [], (
         "write them again: sparseline compile --all --output manifests/pipelines"
     )
-    (tmp_path / "nano/pipeline.yaml").write_text((tmp_path / "nano/pipeline.yaml").read_text() + "# changed\n")
-    (tmp_path / "micro/resources.yaml").unlink()
-    assert compare(ROOT / "manifests/pipelines", tmp_path) == ["micro/resources.yaml", "nano/pipeline.yaml"]
+    (tmp_path / "training/nano/pipeline.yaml").write_text(
+        (tmp_path / "training/nano/pipeline.yaml").read_text() + "# changed\n"
+    )
+    (tmp_path / "retraining/micro/resources.yaml").unlink()
+    assert compare(ROOT / "manifests/pipelines", tmp_path) == [
+        "retraining/micro/resources.yaml",
+        "training/nano/pipeline.yaml",
+    ]
 
 
 def load_drift():
@@ -194,12 +199,16 @@ def load_drift():
 
 
 def test_each_task_of_a_compiled_pipeline_is_as_a_restricted_namespace_wants_it():
-    for path in (ROOT / "manifests/pipelines").glob("*/pipeline.yaml"):
+    from pipelines import catalogue, profiles
+
+    found = {"/".join(path.parts[-3:-1]) for path in (ROOT / "manifests/pipelines").glob("*/*/pipeline.yaml")}
+    assert found == {f"{pipeline}/{profile}" for pipeline in catalogue.PIPELINES for profile in profiles.names()}
+    for path in (ROOT / "manifests/pipelines").glob("*/*/pipeline.yaml"):
         specification, platform = yaml.safe_load_all(path.read_text())
         executors = specification["deploymentSpec"]["executors"]
         cluster = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
         assert set(executors) == set(cluster)
-        assert len(executors) == 9
+        assert len(executors) == len(catalogue.PIPELINES[path.parts[-3]].stages)
         for name, executor in executors.items():
             resources = executor["container"]["resources"]
             assert {"resourceCpuLimit", "resourceMemoryLimit", "resourceCpuRequest", "resourceMemoryRequest"} <= set(

@@ -5,16 +5,17 @@ import json
 import pytest
 import yaml
 
-from pipelines import profiles
+from pipelines import catalogue, profiles
 from pipelines.code_digest import code_digest
 from pipelines.stages import STAGES
-from pipelines.training import compile_pipeline
+
+TRAINING = catalogue.PIPELINES["training"]
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
     path = tmp_path_factory.mktemp("compiled") / "pipeline.yaml"
-    compile_pipeline(profiles.resolve(profiles.load("micro")), path)
+    TRAINING.compile(profiles.resolve(profiles.load("micro")), path)
     return yaml.safe_load(path.read_text())
 
 
@@ -33,9 +34,9 @@ def constant(task, name):
 def test_every_stage_is_a_task_and_nothing_else_is(compiled):
     leaves = {name for name, task in tasks_of(compiled).items() if not name.startswith(("rejected-", "accepted-"))}
     conditions = {name for name in leaves if "triggerPolicy" in tasks_of(compiled)[name]}
-    assert {name.replace("-", "_") for name in leaves - conditions} >= set(STAGES) - {"rejected"}
+    assert {name.replace("-", "_") for name in leaves - conditions} >= set(TRAINING.stages) - {"rejected"}
     executors = compiled["deploymentSpec"]["executors"]
-    assert {name.removeprefix("exec-").replace("-", "_") for name in executors} == set(STAGES)
+    assert {name.removeprefix("exec-").replace("-", "_") for name in executors} == set(TRAINING.stages)
 
 
 def test_the_parameters_are_few_and_read_alone(compiled):
@@ -88,7 +89,8 @@ def test_data_flows_as_the_picture_says(compiled):
 
 def test_stages_and_components_agree_on_where_the_code_is(compiled):
     executors = compiled["deploymentSpec"]["executors"]
-    for name, stage in STAGES.items():
+    for name in TRAINING.stages:
+        stage = STAGES[name]
         source = json.dumps(executors[f"exec-{name.replace('_', '-')}"])
         camel = "".join(part.capitalize() for part in name.split("_"))
         by_name = (f"components.{name}.run:run", f"components.{name}.config:{camel}Config")
@@ -98,5 +100,5 @@ def test_stages_and_components_agree_on_where_the_code_is(compiled):
 
 
 def test_compiling_twice_gives_the_same_file(compiled, tmp_path):
-    again = compile_pipeline(profiles.resolve(profiles.load("micro")), tmp_path / "again.yaml")
+    again = TRAINING.compile(profiles.resolve(profiles.load("micro")), tmp_path / "again.yaml")
     assert yaml.safe_load(again.read_text()) == compiled
