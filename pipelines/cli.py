@@ -33,6 +33,8 @@ VERSION = typer.Option(help="a registered version by name; default: the one of t
 UPLOAD = typer.Option(help="upload the version when the server lacks it (--no-upload: Git registers versions)")
 schedules = typer.Typer(help="Recurring runs on Kubeflow Pipelines, by name.", no_args_is_help=True)
 app.add_typer(schedules, name="schedule")
+made = typer.Typer(help="The runs of this machine.", no_args_is_help=True)
+app.add_typer(made, name="runs")
 
 
 @app.command()
@@ -221,6 +223,61 @@ def doctor(
     if cluster:
         raise typer.Exit(cluster_doctor.doctor(profile, platform, runs, context, Console()))
     raise typer.Exit(machine_doctor.main())
+
+
+@made.command("list")
+def runs_list(runs: Annotated[Path, RUNS] = Path("runs")) -> None:
+    """List all runs: what, status, time, pass@1 before and after RL."""
+    from pipelines.runs import list_runs
+
+    raise typer.Exit(list_runs(runs, Console()))
+
+
+@made.command("show")
+def runs_show(
+    run: Annotated[str, typer.Argument(help="id, the beginning of one, or latest")] = "latest",
+    runs: Annotated[Path, RUNS] = Path("runs"),
+) -> None:
+    """Show the table of a run and where its pages are."""
+    from pipelines.runs import show_run
+
+    raise typer.Exit(show_run(runs, run, Console()))
+
+
+@made.command("compare")
+def runs_compare(
+    first: Annotated[str, typer.Argument(help="id, the beginning of one, or latest")],
+    second: Annotated[str, typer.Argument(help="id, the beginning of one, or latest")],
+    runs: Annotated[Path, RUNS] = Path("runs"),
+) -> None:
+    """Show the numbers of two runs side by side, and the settings in which they differ."""
+    from pipelines.runs import compare_runs
+
+    raise typer.Exit(compare_runs(runs, first, second, Console()))
+
+
+@made.command("rm")
+def runs_remove(
+    run: Annotated[list[str], typer.Argument(help="ids, or beginnings of them")],
+    runs: Annotated[Path, RUNS] = Path("runs"),
+) -> None:
+    """Remove the folders of runs. What lies in the store stays until `sparseline gc --delete`."""
+    from pipelines.runs import remove_runs
+
+    raise typer.Exit(remove_runs(runs, run, Console()))
+
+
+@app.command()
+def gc(
+    delete: Annotated[bool, typer.Option("--delete", help="remove it; without this it is only shown")] = False,
+    runs: Annotated[Path, RUNS] = Path("runs"),
+    store: Annotated[str, typer.Option(help="the store of the runs, as in `sparseline run`")] = "",
+) -> None:
+    """Show what lies in this machine's store that no run and no registered version refers to."""
+    from pipelines.garbage import collect_garbage
+    from pipelines.run import local_settings
+
+    raise typer.Exit(collect_garbage(local_settings(runs, store), delete, Console()))
 
 
 @app.command()

@@ -84,7 +84,16 @@ class Registry:
             raise InputError(
                 f"version {version} of the model {self.name!r} has no pointer; register it with sparseline"
             )
-        return ModelVersion(self.name, version, Pointer(kind="checkpoint", uri=tags["uri"], sha256=tags["sha256"]))
+        pointer = Pointer(kind="checkpoint", uri=tags["uri"], sha256=tags["sha256"])
+        return ModelVersion(found.name, version, pointer)  # type: ignore[attr-defined]
+
+    def versions(self) -> list[ModelVersion]:
+        """All versions of all models of this registry that point to a checkpoint."""
+        return [
+            self._version(found)
+            for found in self.client.search_model_versions()
+            if {"uri", "sha256"} <= found.tags.keys()
+        ]
 
     def register(self, pointer: Pointer, *, run_id: str | None = None, model_id: str | None = None) -> ModelVersion:
         """The version of this checkpoint; made when there is none yet."""
