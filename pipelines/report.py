@@ -8,9 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from components.evaluation.page import FAMILY_HEADER, compute_curve_figures, evaluation_figures, family_row
 from components.runtime.contracts import Pointer
+from components.runtime.curves import curve_figures
 from components.runtime.object_store import ObjectStore, key_of
-from components.runtime.report import bar_figure, html_table, interval_figure, line_figure, tiles, write_page
+from components.runtime.report import html_table, line_figure, tiles, write_page
 from components.runtime.tracking import read_metrics
 from pipelines.display import duration
 from pipelines.summary import key_numbers, look_up
@@ -37,9 +39,8 @@ def write(directory: Path, summary: Mapping[str, Any], watch: RunWatch, store: O
     parts += ["<h2>Stages</h2>", html_table(["stage", "time", "key numbers"], rows, numbers=[1])]
     families = look_up(evaluation, "pass_at_1.families")
     if families:
-        header = ["family", "before (Wilson)", "after (Wilson)", "difference (paired)", "p", "p, Holm"]
         told = [family_row(name, rates) for name, rates in families.items()]
-        parts += ["<h2>Families</h2>", html_table(header, told, numbers=[1, 2, 3, 4, 5])]
+        parts += ["<h2>Families</h2>", html_table(FAMILY_HEADER, told, numbers=[1, 2, 3, 4, 5])]
     rules = (summary.get("gate") or {}).get("rules", [])
     if rules:
         told = [["holds" if rule["holds"] else "fails", rule["name"], rule["explanation"]] for rule in rules]
@@ -102,57 +103,11 @@ def headline(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def training_figures(watch: RunWatch) -> list[str]:
     """Loss, KL and reward of the training stages, and pass@1 on validation."""
-    figures = []
-    for stage in (name for name in TRAINING if name in watch.stages):
-        curves, phases = one_axis(read_metrics(watch.stage_directory(stage)))
-        title = watch.stages[stage].title
-        for label, words, unit in (
-            ("loss", ("loss", "ce"), "nats per token"),
-            ("KL", ("kl",), "nats"),
-            ("reward", ("reward", "pass_at_1"), "share of episodes"),
-        ):
-            chosen = {name: points for name, points in curves.items() if is_about(name, words)}
-            if chosen:
-                figures.append(line_figure(f"{title}: {label}", chosen, x="step", y=unit, marks=phases))
-    return figures
-
-
-def one_axis(
-    curves: Mapping[str, Sequence[tuple[int, float]]],
-) -> tuple[dict[str, list[tuple[int, float]]], list[tuple[int, str]]]:
-    """Curves named `phase/name` joined into one curve per name, and where each phase begins.
-
-    Every phase counts its own steps from 0; on the joined axis a phase begins after the last step of the one before.
-    """
-    starts: dict[str, int] = {}
-    end = 0
-    for phase in dict.fromkeys(name.partition("/")[0] for name in curves):
-        starts[phase] = end
-        steps = [point[0] for name, points in curves.items() if name.partition("/")[0] == phase for point in points]
-        end += max(steps) + 1
-    joined: dict[str, list[tuple[int, float]]] = {}
-    for name, points in curves.items():
-        phase, _, short = name.partition("/")
-        joined.setdefault(short or phase, []).extend((starts[phase] + step, value) for step, value in points)
-    return joined, [(start, phase) for phase, start in starts.items()] if len(starts) > 1 else []
-
-
-def is_about(name: str, words: tuple[str, ...]) -> bool:
-    """Whether a curve's name has one of the words as a part: `sparse/lm_loss` is about `loss`, `scale` not `ce`."""
-    parts = name.lower().replace("/", "_").replace(".", "_").replace("@", "_").split("_")
-    return any(word in parts or ("_" in word and word in name.lower()) for word in words)
-
-
-def family_row(name: str, rates: Mapping[str, Any]) -> list[str]:
-    """A family's line of the table: rates with Wilson intervals, the paired difference, p-values."""
-    sides = [rates["before_wilson"], rates["after_wilson"]]
-    difference = rates["difference"]
+    stages = [name for name in TRAINING if name in watch.stages]
     return [
-        name,
-        *(f"{side['mean']:.3f} ({side['low']:.3f} to {side['high']:.3f})" for side in sides),
-        f"{difference['mean']:+.3f} ({difference['low']:+.3f} to {difference['high']:+.3f})",
-        f"{rates['p_value']:.2g}",
-        f"{rates['p_adjusted']:.2g}",
+        figure
+        for name in stages
+        for figure in curve_figures(watch.stages[name].title, read_metrics(watch.stage_directory(name)))
     ]
 
 
@@ -166,17 +121,7 @@ def compute_figures(watch: RunWatch, evaluation: Mapping[str, Any]) -> list[str]
                 "RL compute", {"validation pass@1": curve}, x="rollouts trained on", y="share of episodes passed"
             )
         )
-    compute = evaluation.get("compute") or {}
-    for title, key, x in (
-        ("Test-time compute: pass@1 within a token budget", "budget", "tokens of an episode at most"),
-        ("Test-time compute: pass@k", "pass_at_k", "k, episodes of a task"),
-    ):
-        curves = {
-            f"{player} RL": [(point["x"], point["rate"]["mean"]) for point in points]
-            for player, points in (compute.get(key) or {}).items()
-        }
-        if curves:
-            figures.append(line_figure(title, curves, x=x, y="share of tasks passed"))
+    figures += compute_curve_figures(evaluation)
     return figures
 
 
@@ -186,45 +131,3 @@ def validation_by_rollouts(curves: Mapping[str, Sequence[tuple[int, float]]]) ->
     if not trained:
         return []
     return [(sum(number for at, number in trained if at <= step), rate) for step, rate in rates]
-
-
-def evaluation_figures(evaluation: Mapping[str, Any]) -> list[str]:
-    """pass@1 before and after, cross-entropy by attention, recall by depth."""
-    figures = []
-    rates = evaluation.get("pass_at_1")
-    if rates:
-        rows = [
-            (f"{side}, sampled", *(rates[side][key] for key in ("macro", "low", "high")))
-            for side in ("before", "after")
-        ]
-        greedy = evaluation.get("greedy") or {}
-        rows += [
-            (f"{side}, greedy", *(greedy[side][key] for key in ("macro", "low", "high")))
-            for side in ("before", "after")
-            if side in greedy
-        ]
-        best = rates.get("before_best_temperature")
-        if best:
-            values = (best["test"][key] for key in ("macro", "low", "high"))
-            rows.append((f"before, best temperature ({best['temperature']:g})", *values))
-        figures.append(interval_figure("Held-out pass@1 before and after RL", rows, x="share of episodes passed"))
-    kinds = ("dense", "sparse", "window", "random")
-    groups = {
-        name: [(kind, evaluation[key][kind]) for kind in kinds]
-        for name, key in (("all words", "ce"), ("answers", "ce_answers"))
-        if evaluation.get(key)
-    }
-    if groups:
-        figures.append(
-            bar_figure(
-                "Cross-entropy by attention, same weights", groups, x="positions attended to", y="nats per token"
-            )
-        )
-    depth = look_up(evaluation, "indexer_recall.depth")
-    if depth:
-        groups = {
-            name: [(f"{one['low']}-{one['high'] - 1}", one[key]) for one in depth]
-            for name, key in (("the word that answers", "answer_word"), ("the whole fact", "all_words"))
-        }
-        figures.append(bar_figure("Indexer recall by depth", groups, x="words between evidence and answer", y="recall"))
-    return figures

@@ -7,8 +7,9 @@ same random numbers: the pairs of the paired bootstrap.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,7 @@ def item_of(result: EpisodeResult, **fields: Any) -> Item:
         task=result.task.id,
         family=result.task.environment,
         template=result.task.template,
-        group=str(result.task.difficulty.get("group", result.task.template)),
+        group=group_of(result.task),
         seed=result.seed,
         reward=result.verdict.reward,
         ended=result.ended,
@@ -158,6 +159,18 @@ def item_of(result: EpisodeResult, **fields: Any) -> Item:
         token_ids=() if trajectory is None else tuple(trajectory.token_ids.tolist()),
         transcript=transcript(result),
     )
+
+
+def group_of(task: TaskRecord) -> str:
+    """What synthesis holds out as one with this task: the `group` that the family tells of its template, or that."""
+    describe = _describe(task.environment)
+    return str(describe(task.template).get("group", task.template)) if describe else task.template
+
+
+@lru_cache
+def _describe(family: str) -> Callable[[str], Mapping[str, Any]] | None:
+    found: Callable[[str], Mapping[str, Any]] | None = getattr(environment(family), "describe", None)
+    return found
 
 
 def write_items(items: Sequence[Item], path: Path) -> None:

@@ -15,6 +15,7 @@ from components.evaluation import long_context
 from components.evaluation.compare import Bootstrap
 from components.evaluation.config import EvaluationConfig
 from components.evaluation.measures import SAMPLED, best_temperature, measure
+from components.evaluation.page import write_evaluation_page
 from components.evaluation.play import Item, Player, logprob_gap, play, write_items
 from components.evaluation.report import ITEMS_FILE, CrossEntropy, EvaluationReport, IndexerRecall
 from components.rollouts import EpisodeResult
@@ -72,7 +73,9 @@ def run(config: EvaluationConfig, context: StageContext, inputs: dict[str, Point
     directory.mkdir(exist_ok=True)
     report.write(directory)
     write_items(games.items, directory / ITEMS_FILE)
-    context.tracker.artifact(directory / "evaluation.json")
+    page = write_evaluation_page(context.work_dir, report, games.items)
+    for file in (directory / "evaluation.json", page):
+        context.tracker.artifact(file)
     summary = summarise(report)
     context.tracker.metrics(_numbers(summary), 0)
     pointer = context.publish("evaluation", directory, parents=list(inputs.values()))

@@ -24,6 +24,7 @@ from components.post_training.config import PostTrainingConfig
 from components.post_training.curation import PromptSampler, balanced, by_family
 from components.post_training.flow import Flow
 from components.post_training.ledger import Ledger
+from components.post_training.report import write_report
 from components.post_training.resume import Resume
 from components.post_training.schedule import SCHEDULES, LocalPool, Pool
 from components.post_training.trainer import Learner
@@ -34,6 +35,7 @@ from components.runtime.errors import InputError
 from components.runtime.ranks import Ranks, open_ranks
 from components.runtime.stage import StageContext, StageResult
 from components.runtime.task_set import read_tasks, read_vocabulary
+from components.runtime.tracking import read_metrics
 from model.checkpoint import CheckpointError, copy_tokenizer, load_model, load_tokenizer, save_model
 
 
@@ -76,7 +78,12 @@ def run(config: PostTrainingConfig, context: StageContext, inputs: dict[str, Poi
         ledger.close(f"stopped: {type(error).__name__}")
         raise
     summary["ledger"] = ledger.close(f"stopped: {summary['stopped_by']}" if summary["stopped_by"] else "not needed")
-    context.tracker.artifact(ledger_path)
+    assert course.first is not None
+    assert course.best is not None
+    curves = read_metrics(context.tracker.directory) if context.tracker.directory else {}
+    page = write_report(context.work_dir, summary, curves, course.first, course.best)
+    for file in (ledger_path, page):
+        context.tracker.artifact(file)
     checkpoint = context.work_dir / "checkpoint"
     save_model(model, checkpoint)
     copy_tokenizer(start, checkpoint)

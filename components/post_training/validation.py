@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from components.post_training.worker import RolloutWorker
+from components.rollouts.loop import transcript
 from components.runtime.contracts import TaskRecord
 from components.runtime.errors import InputError
 
 
 @dataclass(frozen=True)
 class Validation:
-    """macro: mean of the families' pass@1. faulty: tasks left out, whose episode was faulty."""
+    """macro: mean of the families' pass@1. faulty: tasks left out, whose episode was faulty.
+
+    episodes: of each task its `family`, whether it `passed`, and its `text`, for people to read.
+    """
 
     macro: float
     by_family: dict[str, float]
     faulty: int
+    episodes: list[dict[str, str | bool]] = field(default_factory=list, compare=False)
 
     def metrics(self) -> dict[str, float]:
         families = {f"rl/validation_pass_at_1/{name}": value for name, value in self.by_family.items()}
@@ -45,4 +50,8 @@ def validate(worker: RolloutWorker, tasks: Sequence[TaskRecord]) -> Validation:
         )
     by_family = {family: sum(found) / len(found) for family, found in sorted(rewards.items())}
     counted = sum(map(len, rewards.values()))
-    return Validation(sum(by_family.values()) / len(by_family), by_family, len(results) - counted)
+    episodes: list[dict[str, str | bool]] = [
+        {"family": result.task.environment, "passed": result.verdict.passed, "text": transcript(result)}
+        for result in results
+    ]
+    return Validation(sum(by_family.values()) / len(by_family), by_family, len(results) - counted, episodes)

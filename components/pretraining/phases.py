@@ -50,7 +50,7 @@ class Recorder:
         """Record `values` of `step`, and validate where it is due."""
         last, every = step + 1 == steps, self.config.validation_every
         if last or (step + 1) % every == 0:
-            checked = validate(model, self.corpus, model.attention_mode)
+            checked = validate(model, self.corpus, model.attention_mode, MODES[name][1])
             values.update({f"{name}/validation_{key}": value for key, value in checked.items()})
             task = self.corpus.shown_tasks[step % len(self.corpus.shown_tasks)]
             self.context.progress.episode(play_one(model, self.corpus.tokenizer, task, step))
@@ -156,13 +156,21 @@ def batch_loss(
 
 
 @torch.no_grad()
-def validate(model: Transformer, corpus: Corpus, mode: Selection) -> dict[str, float]:
-    """Cross-entropy (nats) and accuracy on validation demonstrations and on the answers in validation documents."""
+def validate(
+    model: Transformer, corpus: Corpus, mode: Selection, indexer_loss: IndexerLoss = "none"
+) -> dict[str, float]:
+    """Cross-entropy (nats) and accuracy on validation demonstrations and on the answers in validation documents.
+
+    With `indexer_loss` also the lightning indexer's KL (nats) of each layer on the documents.
+    """
     before, model.attention_mode = model.attention_mode, mode
     values = {}
     kinds = {"demonstration": corpus.validation_demonstrations, "document": corpus.validation_documents}
     for kind, batch in kinds.items():
-        hidden_TC = model.hidden(batch.inputs_T, PackedContext.from_lengths(batch.lengths))
+        packed = PackedContext.from_lengths(batch.lengths)
+        packed.indexer_loss = indexer_loss if kind == "document" else "none"
+        hidden_TC = model.hidden(batch.inputs_T, packed)
+        values.update({f"kl_layer_{layer}": float(loss) for layer, loss in enumerate(packed.losses)})
         rows = (batch.weights_T == 1).nonzero().flatten()
         logits_RV, targets_R = model.lm_head(hidden_TC[rows]), batch.targets_T[rows]
         values[f"{kind}_loss"] = float(F.cross_entropy(logits_RV, targets_R))

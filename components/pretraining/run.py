@@ -18,13 +18,16 @@ from tokenizers import Tokenizer
 from components.environments.chat_format import BOS, CHAT_TEMPLATE, END, PAD, SPECIAL_WORDS, UNKNOWN
 from components.pretraining.config import PretrainingConfig
 from components.pretraining.data import demonstration_example, document_example, known_words, pack
+from components.pretraining.episode import play_one
 from components.pretraining.phases import Corpus, Recorder, train_phase, validate
+from components.pretraining.report import write_report
 from components.pretraining.resume import PHASES, Place, Resume
 from components.runtime.contracts import Pointer
 from components.runtime.errors import InputError
 from components.runtime.ranks import Ranks, open_ranks
 from components.runtime.stage import StageContext, StageResult
 from components.runtime.task_set import read_demonstrations, read_documents, read_tasks, read_vocabulary
+from components.runtime.tracking import read_metrics
 from model import ModelConfig, Transformer
 from model.checkpoint import (
     CheckpointError,
@@ -56,6 +59,10 @@ def run(config: PretrainingConfig, context: StageContext, inputs: dict[str, Poin
     for mode in ("dense", "sparse"):
         losses = validate(model, corpus, mode)
         summary.update({f"{mode}_{name}": value for name, value in losses.items()})
+    shown = {task.environment: task for task in reversed(corpus.shown_tasks)}  # the first of each family
+    plays = [(task, play_one(model, tokenizer, task, 0)) for _, task in sorted(shown.items())]
+    curves = read_metrics(context.tracker.directory) if context.tracker.directory else {}
+    context.tracker.artifact(write_report(context.work_dir, summary, curves, plays))
     checkpoint = context.work_dir / "checkpoint"
     save_model(model, checkpoint)
     save_tokenizer(tokenizer, checkpoint, chat_template=CHAT_TEMPLATE, bos=BOS, eos=END, pad=PAD, unknown=UNKNOWN)

@@ -36,8 +36,11 @@ td.number, th.number { text-align: right }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(26rem, 1fr)); gap: 1.4rem }
 figure { margin: 0 } figure svg { width: 100%; height: auto; color: var(--ink) }
 figcaption { font-weight: 600 } details { color: var(--soft); font-size: .88rem } summary { cursor: pointer }
+.pair { display: grid; grid-template-columns: 1fr 1fr; gap: .8rem } .pair pre { white-space: pre-wrap; margin: .3rem 0 }
+h3 { font-size: 1rem; margin: 1.2rem 0 .3rem }
 pre { background: var(--card); padding: .8rem; border-radius: .5rem; overflow-x: auto; font-size: .85rem }
-@media (max-width: 34rem) { .figures { grid-template-columns: 1fr } }
+@media (max-width: 34rem) { .figures, .pair { grid-template-columns: 1fr } }
+@media print { body { max-width: none; padding: 0 } figure, .pair { break-inside: avoid } }
 """
 
 
@@ -189,6 +192,11 @@ def html_table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: Se
 
     body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
     return f"<table><thead><tr>{cells(header, 'th')}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def side_by_side(left: str, right: str) -> str:
+    """Two texts beside each other, one above the other on a narrow screen."""
+    return f'<div class="pair"><pre>{html.escape(left)}</pre><pre>{html.escape(right)}</pre></div>'
 
 
 def write_page(path: Path, title: str, parts: Sequence[str], *, lead: str = "") -> Path:
