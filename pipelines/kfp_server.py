@@ -120,7 +120,8 @@ def reason(error: Any) -> str:
     """The message in an ApiException: the server's own words where it sent some."""
     try:
         told = json.loads(error.body)
-        return f"{told.get('error') or told.get('message')} ({error.status})"
+        # Uploads have another form of error than the rest of the API.
+        return f"{told.get('error') or told.get('message') or told.get('error_message')} ({error.status})"
     except (TypeError, ValueError, AttributeError):
         return f"{error.reason or error} ({error.status})"
 

@@ -189,13 +189,13 @@ def remove_schedule(name: str, recurring_run_id: str, endpoint: str, namespace: 
 def list_schedules(endpoint: str, namespace: str, console: Console) -> int:
     """Print every recurring run on the server."""
     server = connect(endpoint, namespace)
-    made = Table(title_justify="left", show_edge=False)
-    for column in ("name", "cron (UTC unless KFP says otherwise)", "state", "what", "id"):
-        made.add_column(column, overflow="fold")
+    made = Table(title_justify="left", show_edge=False, caption="times in KFP's time zone", caption_justify="left")
+    for column in ("name", "cron", "state", "what", "id"):
+        made.add_column(column, no_wrap=column in ("cron", "id"))
     for one in sorted(existing(server), key=lambda one: one.display_name or ""):
         schedule = one.trigger.cron_schedule if one.trigger else None
         told = one.description or ""
-        what = told.removeprefix(f"{MARK}; ") if MARK in told else "not made by sparseline"
+        what = told.removeprefix(f"{MARK}; ").split(",")[0] if MARK in told else "not made by sparseline"
         made.add_row(
             one.display_name or "?",
             schedule.cron if schedule else "periodic",

@@ -169,7 +169,7 @@ def stage_states(run: Any) -> dict[str, str]:
         name = (task.display_name or "").replace("-", "_")
         if name in STAGES:
             found[name] = task.state or "PENDING"
-    return found
+    return {name: found[name] for name in STAGES if name in found}
 
 
 class Progress:
