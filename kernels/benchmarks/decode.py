@@ -1,10 +1,11 @@
-"""One decoding step of 64 sequences of 128K tokens: scores and selection over the paged index, then sparse
-attention."""
+"""Attention of one decoding step of 64 sequences of 128K tokens; with GQA the whole step against dense decoding."""
 
 from functools import partial
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from kernels.benchmarks.fused import paged_selection
 from kernels.benchmarks.measure import Context, milliseconds, row
 from kernels.sparse_decode import pack_latent, sparse_decode, sparse_decode_gqa
 
@@ -37,27 +38,33 @@ def latent_rows(context: Context) -> list[dict]:
 
 
 def gqa_rows(context: Context) -> list[dict]:
-    """At an eighth of the length, so that the caches fit any card; the selected rows are as far apart as it allows."""
-    device, length = context.device, LENGTH // 4
-    k, v = (torch.randn(BATCH * length // PAGE, PAGE, 8, 128, device=device, dtype=torch.bfloat16) for _ in range(2))
-    q = torch.randn(BATCH, 32, 128, device=device, dtype=torch.bfloat16)
-    selected = some_rows(length, device)
-    ms = milliseconds(lambda: sparse_decode_gqa(q, k, v, selected, 128**-0.5))
-    share = BATCH * KEEP * 8 * 128 * 4 / ms / 1e6 / context.ceilings["copy"]
-    shape = f"batch {BATCH} S=32K K={KEEP}, 32 / 8 heads of 128"
-    found = [row("sparse decode GQA", shape, "uniform", ms, "copy", share, None, None, True)]
-    dense = BATCH * LENGTH * 8 * 128 * 4 / (0.8 * context.ceilings["copy"] * 1e6)
-    found.append(
-        row(
-            "sparse decode GQA, attention alone",
-            "128K",
-            "uniform",
-            ms,
-            "dense at 0.80 of copy",
-            dense / ms,
-            None,
-            None,
-            True,
-        )
-    )
-    return found
+    """32 query heads, 8 key-value heads of 128, bf16: the whole step against dense decoding, where the card has room for
+    34 GB of keys and values. Both read the same memory, which is random: as pages, and as one piece a head."""
+    device, heads, groups, dim = context.device, 32, 8, 128
+    elements = BATCH * LENGTH * groups * dim
+    if "fp8" not in context.ceilings or torch.cuda.mem_get_info(device)[0] < 4.5 * elements:
+        return []
+    k, v = (torch.randn(elements, device=device, dtype=torch.bfloat16) for _ in range(2))
+    q = torch.randn(BATCH, heads, dim, device=device, dtype=torch.bfloat16)
+    k_pages, v_pages = (x.view(-1, PAGE, groups, dim) for x in (k, v))
+    k_dense, v_dense = (x.view(BATCH, groups, LENGTH, dim) for x in (k, v))
+    select, _ = paged_selection(device)
+    selected = select()
+
+    def dense() -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q.unsqueeze(2), k_dense, v_dense, enable_gqa=True)
+
+    def sparse(rows_TK: torch.Tensor) -> torch.Tensor:
+        return sparse_decode_gqa(q, k_pages, v_pages, rows_TK, dim**-0.5)[0]
+
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION), torch.no_grad():
+        dense_ms = milliseconds(dense)
+    alone_ms, whole_ms = milliseconds(lambda: sparse(selected)), milliseconds(lambda: sparse(select()))
+    shape = f"batch {BATCH} S=128K K={KEEP}, {heads} / {groups} heads of {dim}"
+    share = BATCH * KEEP * groups * dim * 4 / alone_ms / 1e6 / context.ceilings["copy"]
+    dense_share = 4 * elements / dense_ms / 1e6 / context.ceilings["copy"]
+    return [
+        row("sparse decode GQA", shape, "its own", alone_ms, "copy", share, None, None, True),
+        row("dense decode GQA, cuDNN", shape, "all", dense_ms, "copy", dense_share, 0.80, None, True),
+        row("decode GQA whole", shape, "its own", whole_ms, "dense decode", dense_ms / whole_ms, 8.0, 14.0, True),
+    ]

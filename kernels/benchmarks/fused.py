@@ -1,5 +1,6 @@
 """Scores and selection in one kernel, against our own score kernel; and over the paged cache in decoding."""
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -35,9 +36,8 @@ def rows(context: Context) -> list[dict]:
     return found + (decode(context) if "fp8" in context.ceilings else [])
 
 
-def decode(context: Context) -> list[dict]:
-    """One step of 64 sequences of 128K: fp8 index (132 bytes a key) and fp8 latent (656 bytes a key), page 64."""
-    device = context.device
+def paged_selection(device: torch.device) -> tuple[Callable[[], torch.Tensor], int]:
+    """Selection by 64 sequences of 128K over an fp8 index (132 bytes a key, pages of 64), and the bytes that it reads."""
     pages = BATCH * LENGTH // PAGE
     index = torch.randint(0, 120, (pages, PAGE * (DIM + 4)), device=device, dtype=torch.uint8)
     keys = index[:, : PAGE * DIM].view(torch.float8_e4m3fn).view(pages, PAGE, DIM)
@@ -51,10 +51,16 @@ def decode(context: Context) -> list[dict]:
     def select() -> torch.Tensor:
         return paged_indexer_topk(query, keys, weight, table, sequence, end, KEEP, None, scale)[0]
 
+    return select, BATCH * LENGTH * (DIM + 4)
+
+
+def decode(context: Context) -> list[dict]:
+    """One step of 64 sequences of 128K with a latent cache in fp8 (656 bytes a key)."""
+    device = context.device
+    select, read = paged_selection(device)
     latent = pack_latent(torch.randn(4096, PAGE, 576, device=device, dtype=torch.bfloat16))
-    cache = latent.repeat(pages // 4096, 1, 1)
+    cache = latent.repeat(BATCH * LENGTH // PAGE // 4096, 1, 1)
     q = torch.randn(BATCH, 128, 576, device=device, dtype=torch.bfloat16)
-    read = BATCH * LENGTH * (DIM + 4)
     shape = f"batch {BATCH} S=128K k={KEEP} fp8"
     ms = milliseconds(select)
     share = read / ms / 1e6 / context.ceilings["copy"]

@@ -58,10 +58,10 @@ def tile_scores(k_MD, q_ND, weight_N, B: tl.constexpr, P: tl.constexpr, UPCAST: 
 
 
 @triton.jit
-def cache_page(table_ptr, position_M, pages, page_size):
+def cache_page(table_ptr, position_M, pages, PAGE: tl.constexpr):
     """The cache page of each position; a wrong entry of the table is cut to the cache, so that no read leaves it."""
-    page_M = tl.load(table_ptr + position_M // page_size).to(tl.int32)
-    return tl.minimum(tl.maximum(page_M, 0), pages - 1).to(tl.int64)
+    page_M = tl.load(table_ptr + position_M // PAGE).to(tl.int32)
+    return tl.minimum(tl.maximum(page_M, 0), pages - 1)
 
 
 @triton.jit
@@ -82,19 +82,20 @@ def score_range(
     sample_origin,
     table_ptr,  # page table of this sequence; None: keys lie in one piece
     pages,
-    page_size,
     page_stride,
     scale_page_stride,
     B: tl.constexpr,
     P: tl.constexpr,
     DIM: tl.constexpr,
     M: tl.constexpr,
+    PAGE: tl.constexpr,  # rows of a page; a multiple of M means that no tile crosses pages: `low` has to be one too
     STAGES: tl.constexpr,
     UPCAST: tl.constexpr,
     DESCRIBED: tl.constexpr,  # k_ptr is a tensor descriptor with blocks [M, D]
 ):
     """Stores the scores of keys low <= key < high (-inf where a query does not see the key) at out_ptr_B + key."""
     SAMPLED: tl.constexpr = sample_stride is not None
+    ONE_PAGE: tl.constexpr = (table_ptr is not None) and (PAGE % M == 0) and (sample_stride is None)
     # keys that every query of the block sees need no mask
     all_low = tl.max(tl.where(present_B, start_B, 0), 0)
     all_high = tl.min(tl.where(present_B, end_B, keys), 0)
@@ -108,21 +109,28 @@ def score_range(
             key_M = safe_M
         else:
             key_M = index_M
-        if DESCRIBED:
+        if ONE_PAGE:
+            page = cache_page(table_ptr, first, pages, PAGE)
+            place = first % PAGE
+            k_page_ptr = k_ptr + page.to(tl.int64) * page_stride + place * k_stride
+            k_MD = tl.load(k_page_ptr + row_M[:, None] * k_stride + dim_D[None, :])
+        elif DESCRIBED:
             k_MD = k_ptr.load([first, 0])
         elif table_ptr is None:
             k_MD = tl.load(k_ptr + safe_M.to(tl.int64)[:, None] * k_stride + dim_D[None, :])
         else:
-            page_M = cache_page(table_ptr, safe_M, pages, page_size)
-            row_offset_M = page_M * page_stride + (safe_M % page_size) * k_stride
+            page_M = cache_page(table_ptr, safe_M, pages, PAGE).to(tl.int64)
+            row_offset_M = page_M * page_stride + (safe_M % PAGE) * k_stride
             k_MD = tl.load(k_ptr + row_offset_M[:, None] + dim_D[None, :])
         score_MB = tile_scores(k_MD, q_ND, weight_N, B, P, UPCAST)
         if k_scale_ptr is not None:
-            if table_ptr is None:
+            if ONE_PAGE:
+                scale_M = tl.load(k_scale_ptr + page.to(tl.int64) * scale_page_stride + place + row_M)
+            elif table_ptr is None:
                 scale_M = tl.load(k_scale_ptr + safe_M)
             else:
-                scale_page_M = cache_page(table_ptr, safe_M, pages, page_size)
-                scale_M = tl.load(k_scale_ptr + scale_page_M * scale_page_stride + safe_M % page_size)
+                scale_page_M = cache_page(table_ptr, safe_M, pages, PAGE).to(tl.int64)
+                scale_M = tl.load(k_scale_ptr + scale_page_M * scale_page_stride + safe_M % PAGE)
             score_MB *= scale_M[:, None]
         if SAMPLED or (first < all_low) | (first + M > all_high):
             seen_MB = (key_M[:, None] >= start_B[None, :]) & (key_M[:, None] < end_B[None, :])
@@ -184,7 +192,7 @@ def indexer_scores_kernel(
     weight_N = load_weights(weight_ptr, q_scale_ptr, token, tokens, HEADS, P, B * P)
     score_range(
         out_ptr_B, q_ND, weight_N, k_ptr, k_scale_ptr, k_stride, start_B, end_B, present_B, low, high, keys,
-        None, 0, None, 1, 1, 0, 0, B, P, DIM, M, STAGES, UPCAST, DESCRIBED,
+        None, 0, None, 1, 0, 0, B, P, DIM, M, 1, STAGES, UPCAST, DESCRIBED,
     )  # fmt: skip
     nothing_BM = tl.full([B, 4 * M], float("-inf"), tl.float32)
     row_F = tl.arange(0, 4 * M)
@@ -207,7 +215,7 @@ def tile_shape(q_THD: Tensor, paged: bool = False) -> dict[str, int]:
     padded = padded_heads(q_THD.shape[1])
     hopper = capability(q_THD.device)[0] != 8
     if paged:
-        return {"B": 1, "M": 128 if hopper else 32, "STAGES": 5 if hopper else 3, "num_warps": 4}
+        return {"B": 1, "M": 64 if hopper else 32, "STAGES": 10 if hopper else 3, "num_warps": 4}
     columns = 256 if q_THD.dtype == torch.float8_e4m3fn and hopper else 128
     return {"B": max(1, columns // padded), "M": 64 if hopper else 32, "STAGES": 3, "num_warps": 4}
 

@@ -30,13 +30,28 @@ from kernels.topk.triton import (
     buffer_sizes,
     candidate_position,
     candidate_score,
-    columns,
+    columns_of_rows,
     compact,
     likely_threshold,
-    pack,
-    place,
-    select,
+    merge,
+    place_rows,
 )
+
+
+@triton.jit
+def compact_rows(
+    buffer_ptr, count_B, threshold_B, k, keep, most, queries, CAPACITY: tl.constexpr, R: tl.constexpr, W: tl.constexpr
+):
+    """Compacts each row that holds more than `most` candidates to `keep` of them."""
+    index_B = tl.arange(0, count_B.shape[0])
+    for query in range(0, queries):
+        count = tl.sum(tl.where(index_B == query, count_B, 0), 0)
+        if count > most:
+            tl.debug_barrier()
+            count, threshold = compact(buffer_ptr + query * CAPACITY, count, k, keep, CAPACITY, R, W)
+            count_B = tl.where(index_B == query, count, count_B)
+            threshold_B = tl.where(index_B == query, threshold, threshold_B)
+    return count_B, threshold_B
 
 
 @triton.jit
@@ -64,7 +79,6 @@ def indexer_topk_kernel(
     table_stride,
     sequences,
     pages,
-    page_size,
     page_stride,
     scale_page_stride,
     k,
@@ -74,17 +88,23 @@ def indexer_topk_kernel(
     DIM: tl.constexpr,
     B: tl.constexpr,
     M: tl.constexpr,
+    PAGE: tl.constexpr,
     STAGES: tl.constexpr,
     CAPACITY: tl.constexpr,
     R: tl.constexpr,
     W: tl.constexpr,
-    PIECES: tl.constexpr,  # a chunk is scored at once and passes into the buffers piece by piece
+    SAMPLE: tl.constexpr,  # keys that a threshold is guessed from
+    SIGMAS: tl.constexpr,
+    PIECES: tl.constexpr,  # PIECES * 4 * R * W keys are scored at once
     UPCAST: tl.constexpr,
     DESCRIBED: tl.constexpr,
-    GUESS_FROM: tl.constexpr,  # pieces of a range from which on a threshold is guessed
+    GUESS_FROM: tl.constexpr,  # keys of a range from which on it is guessed
 ):
     PIECE: tl.constexpr = 4 * R * W
     CHUNK: tl.constexpr = PIECES * PIECE
+    ROW_W: tl.constexpr = W // B if W > B else 1  # threads of a row where all rows pass together
+    STEP: tl.constexpr = 4 * R * ROW_W
+    UNROLL: tl.constexpr = 2 if B > 1 else 1  # independent steps, whose latencies overlap
     program = tl.program_id(0)
     index_B = tl.arange(0, B)
     chunk_ptr += program.to(tl.int64) * (B * CHUNK)
@@ -105,19 +125,19 @@ def indexer_topk_kernel(
         weight_N = load_weights(weight_ptr, q_scale_ptr, token, tokens, HEADS, P, B * P)
         queries = tl.minimum(B, tokens - token)
         guess_B = tl.full([B], float("-inf"), tl.float32)
-        if high - low >= GUESS_FROM * PIECE:
+        if high - low >= GUESS_FROM:
             # every n-th key, so that clusters of good keys are met in proportion
-            stride = (high - low) // PIECE
+            stride = (high - low) // SAMPLE
             score_range(
-                chunk_ptr + index_B * PIECE, q_ND, weight_N, k_ptr, k_scale_ptr, k_stride, start_B, end_B, present_B,
-                0, PIECE, keys, stride, low, sequence_table_ptr, pages, page_size, page_stride, scale_page_stride,
-                B, P, DIM, M, STAGES, UPCAST, False,
+                chunk_ptr + index_B * SAMPLE, q_ND, weight_N, k_ptr, k_scale_ptr, k_stride, start_B, end_B, present_B,
+                0, SAMPLE, keys, stride, low, sequence_table_ptr, pages, page_stride, scale_page_stride,
+                B, P, DIM, M, PAGE, STAGES, UPCAST, False,
             )  # fmt: skip
             tl.debug_barrier()
             for query in range(0, queries):
-                sample_C = tl.load(chunk_ptr + query * PIECE + tl.arange(0, PIECE))
+                sample_C = tl.load(chunk_ptr + query * SAMPLE + tl.arange(0, SAMPLE))
                 # a guess that is too high costs the whole block again: stay well below
-                guess = likely_threshold(sample_C, k, high - low, PIECE, 7.0)
+                guess = likely_threshold(sample_C, k, high - low, SAMPLE, SIGMAS)
                 guess_B = tl.where(index_B == query, guess, guess_B)
             tl.debug_barrier()
         count_B = tl.zeros([B], tl.int32)
@@ -129,30 +149,31 @@ def indexer_topk_kernel(
                 chunk_end = tl.minimum(chunk + CHUNK, high)
                 score_range(
                     chunk_ptr + index_B * CHUNK - chunk, q_ND, weight_N, k_tiles, k_scale_ptr, k_stride, start_B,
-                    end_B, present_B, chunk, chunk_end, keys, None, 0, sequence_table_ptr, pages, page_size,
-                    page_stride, scale_page_stride, B, P, DIM, M, STAGES, UPCAST, DESCRIBED,
+                    end_B, present_B, chunk, chunk_end, keys, None, 0, sequence_table_ptr, pages,
+                    page_stride, scale_page_stride, B, P, DIM, M, PAGE, STAGES, UPCAST, DESCRIBED,
                 )  # fmt: skip
                 tl.debug_barrier()
-                next_WRV = tl.load(chunk_ptr + columns(R, W))
-                for turn in range(0, queries * PIECES):
-                    query = turn // PIECES
-                    count = tl.sum(tl.where(index_B == query, count_B, 0), 0)
-                    threshold = tl.max(tl.where(index_B == query, threshold_B, float("-inf")), 0)
-                    score_WRV = next_WRV
-                    next_WRV = tl.load(chunk_ptr + tl.minimum(turn + 1, B * PIECES - 1) * PIECE + columns(R, W))
-                    first = chunk + turn % PIECES * PIECE
-                    position_WRV = first + columns(R, W)
-                    passes_WRV = (score_WRV > threshold) & (position_WRV < chunk_end)
-                    row_buffer_ptr = buffer_ptr + query * CAPACITY
-                    count = place(row_buffer_ptr, count, pack(score_WRV, position_WRV), passes_WRV, R)
-                    last = (chunk_end == high) & (first + PIECE >= chunk_end)
-                    if (count + PIECE > CAPACITY) | (last & (count > k)):
-                        tl.debug_barrier()
-                        keep = tl.where(last, k, limit)
-                        count, threshold = compact(row_buffer_ptr, count, k, keep, CAPACITY, R, W)
-                    count_B = tl.where(index_B == query, count, count_B)
-                    threshold_B = tl.where(index_B == query, threshold, threshold_B)
+                place_WBRV, column_WBRV = columns_of_rows(B, R, ROW_W, CHUNK)
+                next_WBRV = tl.load(chunk_ptr + place_WBRV)
+                for piece in range(0, CHUNK, PIECE):
+                    for first in range(piece, piece + PIECE, UNROLL * STEP):
+                        for turn in tl.static_range(UNROLL):
+                            score_WBRV = next_WBRV
+                            here = first + turn * STEP
+                            ahead = tl.minimum(here + STEP, CHUNK - STEP)
+                            next_WBRV = tl.load(chunk_ptr + ahead + place_WBRV)
+                            position_WBRV = chunk + here + column_WBRV
+                            passes_WBRV = (score_WBRV > threshold_B[None, :, None, None]) & (position_WBRV < chunk_end)
+                            passes_WBRV = passes_WBRV & (index_B < queries)[None, :, None, None]
+                            count_B = place_rows(
+                                buffer_ptr, count_B, score_WBRV, position_WBRV, passes_WBRV, R, CAPACITY
+                            )
+                    if tl.max(count_B, 0) + PIECE > CAPACITY:
+                        count_B, threshold_B = compact_rows(
+                            buffer_ptr, count_B, threshold_B, k, limit, CAPACITY - PIECE, queries, CAPACITY, R, W
+                        )
                 tl.debug_barrier()
+            count_B, threshold_B = compact_rows(buffer_ptr, count_B, threshold_B, k, k, k, queries, CAPACITY, R, W)
             # a guess was too high: once more without
             failed_B = (count_B < k) & (guess_B > float("-inf"))
             unfinished = tl.sum(failed_B.to(tl.int32), 0) > 0
@@ -190,7 +211,9 @@ def launch(
     sizes: dict[str, int] | None = None,
     per_processor: int = 2,
     described: bool | None = None,
-    guess_from: int = 8,
+    guess_from: int | None = None,
+    sample: int | None = None,
+    sigmas: float | None = None,
     pieces: int = 2,
 ) -> tuple[Tensor, Tensor]:
     """(positions_TK, lengths_T). `k_tensor` is k_SD, or with a page table the cache [pages, page size, D].
@@ -207,10 +230,14 @@ def launch(
         q_THD = q_THD.contiguous()
     paged = page_table_NP is not None
     options = shape or tile_shape(q_THD, paged)
-    described = not paged and describable(k_tensor) if described is None else described
     sizes = sizes or buffer_sizes(k, options["num_warps"], roomy=True)
     capacity, chunk = sizes["CAPACITY"], 4 * sizes["R"] * sizes["W"]
+    # decoding reads each key once, and every key of the sample twice; a guess that fails costs it one query, not a
+    # block of them
+    sample = sample or (chunk // 4 if paged else chunk)
+    sigmas = sigmas or (4.0 if paged else 7.0)
     page_size = k_tensor.shape[1] if paged else 1
+    described = not paged and describable(k_tensor) if described is None else described
     keys = page_table_NP.shape[1] * page_size if page_table_NP is not None else k_tensor.shape[0]
     blocks = triton.cdiv(tokens, options["B"])
     slots = per_processor * processors(device)
@@ -244,7 +271,6 @@ def launch(
         page_table_NP.stride(0) if page_table_NP is not None else 0,
         page_table_NP.shape[0] if page_table_NP is not None else 1,
         k_tensor.shape[0],
-        page_size,
         k_tensor.stride(0) if paged else 0,
         k_scale.stride(0) if paged and k_scale is not None else 0,
         k,
@@ -252,15 +278,18 @@ def launch(
         HEADS=heads,
         P=padded_heads(heads),
         DIM=dim,
+        PAGE=page_size,
         UPCAST=INTERPRETED,
         DESCRIBED=described,
-        GUESS_FROM=guess_from,
+        GUESS_FROM=8 * chunk if guess_from is None else guess_from,
+        SAMPLE=sample,
+        SIGMAS=sigmas,
         PIECES=pieces,
         **sizes,
         **options,
     )
     if part_score is not None:
-        return select(part_score, k, part_position, splits=1)
+        return merge(part_score, k, part_position)
     return position_TK, length_T
 
 

@@ -278,12 +278,8 @@ def _consumer(
 
 
 @gluon.jit
-def sparse_attention_hopper_kernel(
-    q_ptr, kv_ptr, indices_ptr, span_ptr, sink_ptr, out_ptr, lse_ptr, tiles, key_rows, scale_log2, q_stride_t,
-    q_stride_h, kv_stride, indices_stride, nought, KEYS: gl.constexpr, HEADS: gl.constexpr, ROW_BLOCKS: gl.constexpr,
-    HAS_REST: gl.constexpr, HAS_SINK: gl.constexpr,
-):  # fmt: skip
-    dtype: gl.constexpr = q_ptr.dtype.element_ty
+def _allocate(dtype: gl.constexpr, READY: gl.constexpr):
+    """(memory, exchange, barriers) of a program; READY: the producer's arrivals for each part of a block."""
     wide: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, HALF], dtype)
     narrow: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], dtype)
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -306,18 +302,27 @@ def sparse_attention_hopper_kernel(
     mbarrier.init(q_ready, count=32 * PRODUCER_WARPS)
     mbarrier.init(q_free, count=2)
     for i in gl.static_range(2):
-        mbarrier.init(own_ready.index(i), count=32 * PRODUCER_WARPS)
+        mbarrier.init(own_ready.index(i), count=READY)
         mbarrier.init(own_free.index(i), count=1)
-        mbarrier.init(other_ready.index(i), count=32 * PRODUCER_WARPS)
+        mbarrier.init(other_ready.index(i), count=READY)
         mbarrier.init(other_free.index(i), count=1)
         mbarrier.init(p_ready.index(i), count=1)
         mbarrier.init(sum_ready.index(i), count=1)
     fence_async_shared()
     thread_barrier()
 
-    memory = (q, q_rest, own, other, rest)
-    exchange = (max_rows, sum_rows)
     barriers = (q_ready, q_free, own_ready, own_free, other_ready, other_free, p_ready, sum_ready)
+    return (q, q_rest, own, other, rest), (max_rows, sum_rows), barriers
+
+
+@gluon.jit
+def sparse_attention_hopper_kernel(
+    q_ptr, kv_ptr, indices_ptr, span_ptr, sink_ptr, out_ptr, lse_ptr, tiles, key_rows, scale_log2, q_stride_t,
+    q_stride_h, kv_stride, indices_stride, nought, KEYS: gl.constexpr, HEADS: gl.constexpr, ROW_BLOCKS: gl.constexpr,
+    HAS_REST: gl.constexpr, HAS_SINK: gl.constexpr,
+):  # fmt: skip
+    dtype: gl.constexpr = q_ptr.dtype.element_ty
+    memory, exchange, barriers = _allocate(dtype, 32 * PRODUCER_WARPS)
     gl.warp_specialize(
         [
             (_consumer, (

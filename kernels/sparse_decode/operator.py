@@ -15,6 +15,16 @@ def _fills_hopper(q_THD: torch.Tensor, value_dim: int) -> bool:
     return gluon.supports(heads, dim, value_dim, q_THD.dtype, capability(q_THD.device))
 
 
+def _fills_hopper_fp8(q_THD: torch.Tensor, cache_RB: torch.Tensor) -> bool:
+    """Likewise for fp8 rows, where half a card of whole tokens is still faster than split ones."""
+    tokens, heads, _ = q_THD.shape
+    if cache_RB.shape[0] == 0 or 5 * tokens * heads < 2 * 64 * processors(q_THD.device):
+        return False
+    from kernels.sparse_decode import gluon
+
+    return gluon.supports(heads, capability(q_THD.device))
+
+
 @torch.library.custom_op("sparseline::sparse_decode", mutates_args=(), device_types="cuda")
 def sparse_decode_forward(
     q_THD: torch.Tensor,
@@ -51,11 +61,10 @@ def sparse_decode_fp8_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     from kernels.sparse_decode import triton
 
-    if splits is None and _fills_hopper(q_THD, 512):
-        from kernels.sparse_attention import gluon
+    if splits is None and _fills_hopper_fp8(q_THD, cache_RB):
+        from kernels.sparse_decode import gluon
 
-        kv, indices_TK = triton.unpack_selected(cache_RB, rows_TK)
-        return gluon.sparse_attention(q_THD, kv, indices_TK, scale, sink_H)
+        return gluon.sparse_decode_fp8(q_THD, cache_RB, rows_TK, scale, sink_H)
     return triton.sparse_decode_fp8(q_THD, cache_RB, rows_TK, scale, sink_H, splits)
 
 

@@ -4,7 +4,7 @@ kernel combines them in a fixed order, so that the result is bitwise repeatable.
 bf16 rows and GQA heads go through the parts of `kernels.sparse_attention.triton`; here are the 656-byte fp8 rows and
 the combination. The fp8 values are never multiplied by their scale one by one: e4m3 is exact in bf16, and a tile's
 scale multiplies the tile's share of the score, or the probability that weights it. Where many tokens and heads fill a
-Hopper card, unpacking the selected rows first and the prefill kernel behind it are faster: `unpack_selected`.
+Hopper card, `kernels.sparse_decode.gluon` is faster.
 
 Legend: T query tokens, H heads, P splits, K selected rows, M heads of a program, N rows of a step, V value width.
 """
@@ -122,43 +122,6 @@ def sparse_decode_fp8_kernel(
     tl.store(out_MV + 256, acc2_MV * factor_M[:, None], mask=real_M[:, None])
     tl.store(out_MV + 384, acc3_MV * factor_M[:, None], mask=real_M[:, None])
     tl.store(lse_ptr + out_row_M, lse_M, mask=real_M)
-
-
-@triton.jit
-def unpack_kernel(
-    cache_ptr, rows_ptr, out_ptr, index_ptr, cache_rows, rows_stride, KEYS: tl.constexpr, N: tl.constexpr
-):
-    """The selected rows of a token as bf16 [T, K, 576], and their place there (-1: none; T x K: out of range)."""
-    token = tl.program_id(0).to(tl.int64)
-    slot_N = tl.program_id(1) * N + tl.arange(0, N)
-    real_N = slot_N < KEYS
-    index_N = tl.load(rows_ptr + token * rows_stride + slot_N, mask=real_N, other=-1)
-    valid_N = (index_N >= 0) & (index_N < cache_rows)
-    row_N = tl.where(valid_N, index_N, 0).to(tl.int64) * ROW_BYTES
-    out_N = token * KEYS + slot_N
-    column_D = tl.arange(0, 128)
-    for tile in tl.static_range(4):
-        value_ND, scale_N = _tile(cache_ptr, row_N, valid_N, tile, False)
-        value_ND = (value_ND.to(tl.float32) * scale_N[:, None]).to(tl.bfloat16)
-        tl.store(out_ptr + out_N[:, None] * 576 + (tile * 128 + column_D)[None, :], value_ND, mask=valid_N[:, None])
-    rope_D = tl.arange(0, 64)
-    rope_ptr = cache_ptr.to(tl.pointer_type(tl.bfloat16))
-    rope_ND = tl.load(rope_ptr + (row_N // 2 + 264)[:, None] + rope_D[None, :], mask=valid_N[:, None], other=0.0)
-    tl.store(out_ptr + out_N[:, None] * 576 + (512 + rope_D)[None, :], rope_ND, mask=valid_N[:, None])
-    outside_N = (index_N < -1) | (index_N >= cache_rows)
-    place_N = tl.where(valid_N, out_N, tl.where(outside_N, tl.num_programs(0).to(tl.int64) * KEYS, -1))
-    tl.store(index_ptr + out_N, place_N.to(tl.int32), mask=real_N)
-
-
-def unpack_selected(cache_RB, rows_TK) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> (kv [T x K, 576] bf16, rows that nobody selected unwritten; indices_TK into it)."""
-    tokens, keys = rows_TK.shape
-    kv = torch.empty(tokens * keys, 576, dtype=torch.bfloat16, device=cache_RB.device)
-    indices_TK = torch.empty(tokens, keys, dtype=torch.int32, device=cache_RB.device)
-    unpack_kernel[(tokens, triton.cdiv(keys, 32))](
-        cache_RB, rows_TK, kv, indices_TK, cache_RB.shape[0], rows_TK.stride(0), KEYS=keys, N=32, num_warps=4
-    )
-    return kv, indices_TK
 
 
 @triton.jit

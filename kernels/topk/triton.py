@@ -16,8 +16,10 @@ from torch import Tensor
 
 from kernels.launch import processors
 
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 MINUS_INFINITY_KEY = tl.constexpr(-2139095041)  # sortable(-inf)
 LOWEST_KEY = tl.constexpr(-2147483648)
+MERGED = 32768  # candidates that one program merges in its registers
 
 
 @triton.jit
@@ -60,8 +62,37 @@ def candidate_position(candidate):
 
 
 @triton.jit
-def place(buffer_ptr, count, candidate_WRV, chosen_WRV, R: tl.constexpr):
-    """Appends the chosen candidates in their order; returns the new count. Barrier before reading them.
+def put(buffer_ptr, slot, score, position, chosen):
+    """Stores the chosen candidates in their slots.
+
+    By hand, because the compiler would bring every address and value into another layout first, through shared memory
+    and two barriers each, in the hope of neighbouring addresses.
+    """
+    if INTERPRETED:
+        tl.store(buffer_ptr + slot, pack(score, position), mask=chosen)
+    else:
+        tl.inline_asm_elementwise(
+            """
+            {
+            .reg .pred chosen;
+            .reg .b64 address;
+            setp.ne.s32 chosen, $5, 0;
+            mad.wide.s32 address, $2, 8, $1;
+            @chosen st.global.v2.b32 [address], {$4, $3};
+            mov.b32 $0, 0;
+            }
+            """,
+            "=r,l,r,r,r,r",
+            [buffer_ptr.to(tl.int64), slot, score.to(tl.int32, bitcast=True), position, chosen.to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def slots(count, chosen_WRV, R: tl.constexpr):
+    """Where each chosen element goes behind `count` others, in their order, and the new count.
 
     The counts of a thread's R <= 4 repetitions travel as 16-bit fields of one int64, so that one scan over the threads
     serves them all; the multiplications add up the fields below each field.
@@ -73,8 +104,43 @@ def place(buffer_ptr, count, candidate_WRV, chosen_WRV, R: tl.constexpr):
     begin_W = tl.cumsum(field_W, 0) - field_W + total * 0x0001000100010000
     begin_WR = ((begin_W[:, None] >> shift_1R) & 0xFFFF).to(tl.int32)
     slot_WRV = count + begin_WR[:, :, None] + tl.cumsum(chosen, 2) - 1
-    tl.store(buffer_ptr + slot_WRV, candidate_WRV, mask=chosen_WRV)
-    return count + (((total * 0x0001000100010001) >> 48) & 0xFFFF).to(tl.int32)
+    return slot_WRV, count + (((total * 0x0001000100010001) >> 48) & 0xFFFF).to(tl.int32)
+
+
+@triton.jit
+def place(buffer_ptr, count, score_WRV, position_WRV, chosen_WRV, R: tl.constexpr):
+    """Appends the chosen candidates in their order; returns the new count. Barrier before reading them."""
+    slot_WRV, count = slots(count, chosen_WRV, R)
+    put(buffer_ptr, slot_WRV, score_WRV, position_WRV, chosen_WRV)
+    return count
+
+
+@triton.jit
+def columns_of_rows(B: tl.constexpr, R: tl.constexpr, W: tl.constexpr, STRIDE: tl.constexpr):
+    """(row * STRIDE + column, column) of B rows as [W, B, R, 4]: W threads a row, else as `columns`."""
+    column_WBR = (tl.arange(0, W)[:, None, None] * 4 + tl.arange(0, R)[None, None, :] * (4 * W)) + tl.zeros(
+        [1, B, 1], tl.int32
+    )
+    column_WBRV = column_WBR[:, :, :, None] + tl.arange(0, 4)[None, None, None, :]
+    return column_WBRV + tl.arange(0, B)[None, :, None, None] * STRIDE, column_WBRV
+
+
+@triton.jit
+def place_rows(buffer_ptr, count_B, score_WBRV, position_WBRV, chosen_WBRV, R: tl.constexpr, CAPACITY: tl.constexpr):
+    """`place` of B rows at once, each into its own buffer: where a warp or less serves a row, its threads wait for no
+    others."""
+    B: tl.constexpr = count_B.shape[0]
+    chosen = chosen_WBRV.to(tl.int32)
+    shift_11R = (16 * tl.arange(0, R))[None, None, :].to(tl.int64)
+    field_WB = tl.sum(tl.sum(chosen, 3).to(tl.int64) << shift_11R, 2)
+    total_B = tl.sum(field_WB, 0)
+    # turned, so that the scan runs where the fields are: the threads of a row along the fastest dimension
+    begin_WB = tl.trans(tl.cumsum(tl.trans(field_WB), 1)) - field_WB + (total_B * 0x0001000100010000)[None, :]
+    begin_WBR = ((begin_WB[:, :, None] >> shift_11R) & 0xFFFF).to(tl.int32)
+    first_B = count_B + tl.arange(0, B) * CAPACITY - 1
+    slot_WBRV = first_B[None, :, None, None] + begin_WBR[:, :, :, None] + tl.cumsum(chosen, 3)
+    put(buffer_ptr, slot_WBRV, score_WBRV, position_WBRV, chosen_WBRV)
+    return count_B + (((total_B * 0x0001000100010001) >> 48) & 0xFFFF).to(tl.int32)
 
 
 @triton.jit
@@ -94,6 +160,25 @@ def search(key_N, low, high, found, k, limit):
 
 
 @triton.jit
+def divide(key_N, slot_N, lowest, slots_used, count, k, limit):
+    """(cut, final): k to `limit` keys (exactly k where limit == k) lie above `cut`, or are it in a slot up to `final`.
+
+    Needs: `count` keys from `lowest` on, count > limit >= k, all in slots below `slots_used`."""
+    low, high, found, over = search(key_N, lowest - 1, tl.max(key_N, 0), count, k, limit)
+    # still too many: they share one score, `high`, and of those the first ones stay, in slots up to `final`
+    tied = found > limit
+    cut = tl.where(tied, high, low)
+    before = -1
+    final = tl.where(tied, slots_used - 1, -1)
+    while final - 1 > before:
+        middle = (before + final) >> 1
+        enough = tl.sum(((key_N == cut) & (slot_N <= middle)).to(tl.int32), 0) >= k - over
+        before = tl.where(enough, before, middle)
+        final = tl.where(enough, middle, final)
+    return cut, final
+
+
+@triton.jit
 def compact(buffer_ptr, count, k, limit, CAPACITY: tl.constexpr, R: tl.constexpr, W: tl.constexpr):
     """Keeps k to `limit` candidates (exactly k where limit == k), among them the k best; order stays ascending.
 
@@ -101,30 +186,21 @@ def compact(buffer_ptr, count, k, limit, CAPACITY: tl.constexpr, R: tl.constexpr
     Needs count > limit >= k, and a barrier since the candidates were written.
     """
     slot_N = tl.arange(0, CAPACITY)
-    # past `count` the buffer is stale, but a load without a mask is 16 bytes wide
-    key_N = sortable(candidate_score(tl.load(buffer_ptr + slot_N)))
+    # a mask of fours, so that a load stays 16 bytes wide; past `count` the buffer is stale
+    candidate_N = tl.load(buffer_ptr + slot_N, mask=slot_N // 4 * 4 < count, other=0)
+    key_N = tl.where(slot_N < count, sortable(candidate_score(candidate_N)), LOWEST_KEY)
     lowest = tl.min(tl.where(slot_N < count, key_N, 2147483647), 0)
-    key_N = tl.where(slot_N < count, key_N, LOWEST_KEY)
-    low, high, found, over = search(key_N, lowest - 1, tl.max(key_N, 0), count, k, limit)
-    # still too many: they share one score, `high`, and of those the first ones stay, in slots up to `final`
-    tied = found > limit
-    cut = tl.where(tied, high, low)
-    before = -1
-    final = tl.where(tied, count - 1, -1)
-    while final - 1 > before:
-        middle = (before + final) >> 1
-        enough = tl.sum(((key_N == cut) & (slot_N <= middle)).to(tl.int32), 0) >= k - over
-        before = tl.where(enough, before, middle)
-        final = tl.where(enough, middle, final)
+    cut, final = divide(key_N, slot_N, lowest, count, count, k, limit)
     kept = 0
     for first in range(0, count, 4 * R * W):
         # candidates move towards the front, never past one that is still to be read
         slot_WRV = first + columns(R, W)
         candidate_WRV = tl.load(buffer_ptr + slot_WRV)
-        key_WRV = sortable(candidate_score(candidate_WRV))
+        score_WRV = candidate_score(candidate_WRV)
+        key_WRV = sortable(score_WRV)
         keep_WRV = ((key_WRV > cut) & (slot_WRV < count)) | ((key_WRV == cut) & (slot_WRV <= final))
         tl.debug_barrier()
-        kept = place(buffer_ptr, kept, candidate_WRV, keep_WRV, R)
+        kept = place(buffer_ptr, kept, score_WRV, candidate_position(candidate_WRV), keep_WRV, R)
     tl.debug_barrier()
     return kept, from_sortable(cut)
 
@@ -144,6 +220,13 @@ def likely_threshold(score_N, k, positions, SAMPLE: tl.constexpr, SIGMAS: tl.con
     below = tl.where(high == 0, -2, high - 1)
     guess = from_sortable(tl.where(found > limit, below, low))
     return tl.where(valid > wanted, guess, float("-inf"))
+
+
+@triton.jit
+def stream(row_ptr, column_WRV, end):
+    """Scores are read once: they shall not push the candidate buffers out of the L2 cache."""
+    inside_WRV = column_WRV < end
+    return tl.load(row_ptr + column_WRV, mask=inside_WRV, other=float("-inf"), eviction_policy="evict_first")
 
 
 @triton.jit
@@ -189,22 +272,22 @@ def topk_kernel(
             count = 0
             threshold = guess
             column_WRV = begin + columns(R, W)
-            next_WRV = tl.load(row_ptr + column_WRV, mask=column_WRV < end, other=float("-inf"))
+            next_WRV = stream(row_ptr, column_WRV, end)
             column_WRV += CHUNK
-            second_WRV = tl.load(row_ptr + column_WRV, mask=column_WRV < end, other=float("-inf"))
+            second_WRV = stream(row_ptr, column_WRV, end)
             for first in range(begin, end, CHUNK):
                 score_WRV = next_WRV.to(tl.float32)
                 column_WRV = first + columns(R, W)
                 ahead_WRV = column_WRV + 2 * CHUNK
                 next_WRV = second_WRV
-                second_WRV = tl.load(row_ptr + ahead_WRV, mask=ahead_WRV < end, other=float("-inf"))
+                second_WRV = stream(row_ptr, ahead_WRV, end)
                 if position_ptr is None:
                     position_WRV = column_WRV
                 else:
                     position_ptr_WRV = position_ptr + row * row_stride + column_WRV
                     position_WRV = tl.load(position_ptr_WRV, mask=column_WRV < end, other=-1)
                 # NaN compares false
-                count = place(buffer_ptr, count, pack(score_WRV, position_WRV), score_WRV > threshold, R)
+                count = place(buffer_ptr, count, score_WRV, position_WRV, score_WRV > threshold, R)
                 last = first + CHUNK >= end
                 if (count + CHUNK > CAPACITY) | (last & (count > k)):
                     tl.debug_barrier()
@@ -226,6 +309,49 @@ def topk_kernel(
         if length_ptr is not None:
             tl.store(length_ptr + row, count)
         tl.debug_barrier()
+
+
+@triton.jit
+def merge_kernel(
+    score_ptr,
+    position_ptr,
+    out_position_ptr,
+    length_ptr,
+    candidates,
+    k,
+    CAPACITY: tl.constexpr,
+    R: tl.constexpr,
+    W: tl.constexpr,
+):
+    """One row, all of its candidates in registers at once."""
+    CHUNK: tl.constexpr = 4 * R * W
+    row = tl.program_id(0).to(tl.int64)
+    score_ptr += row * candidates
+    position_ptr += row * candidates
+    out_position_ptr += row * k
+    slot_N = tl.arange(0, CAPACITY)
+    score_N = tl.load(score_ptr + slot_N, mask=slot_N < candidates, other=float("-inf"))
+    key_N = sortable(score_N)
+    count = tl.sum((key_N > MINUS_INFINITY_KEY).to(tl.int32), 0)
+    cut = MINUS_INFINITY_KEY
+    final = -1
+    if count > k:
+        filled_N = key_N > MINUS_INFINITY_KEY
+        lowest = tl.min(tl.where(filled_N, key_N, 2147483647), 0)
+        cut, final = divide(key_N, slot_N, lowest, candidates, count, k, k)
+    kept = 0
+    for first in range(0, candidates, CHUNK):
+        slot_WRV = first + columns(R, W)
+        inside_WRV = slot_WRV < candidates
+        key_WRV = sortable(tl.load(score_ptr + slot_WRV, mask=inside_WRV, other=float("-inf")))
+        position_WRV = tl.load(position_ptr + slot_WRV, mask=inside_WRV, other=-1)
+        keep_WRV = (key_WRV > cut) | ((key_WRV == cut) & (slot_WRV <= final))
+        out_WRV, kept = slots(kept, keep_WRV, R)
+        tl.store(out_position_ptr + out_WRV, position_WRV, mask=keep_WRV)
+    tl.store(length_ptr + row, kept)
+    for first in range(kept // CHUNK * CHUNK, k, CHUNK):
+        slot_C = first + tl.arange(0, CHUNK)
+        tl.store(out_position_ptr + slot_C, tl.full([CHUNK], -1, tl.int32), mask=(slot_C >= kept) & (slot_C < k))
 
 
 def buffer_sizes(k: int, warps: int, roomy: bool) -> dict[str, int]:
@@ -291,7 +417,23 @@ def select(
         **options,
     )
     if part_score is not None:
-        return select(part_score, k, part_position, 1, sizes, sample, sigmas, per_processor, options)
+        return merge(part_score, k, part_position)
+    return indices_TK, lengths_T
+
+
+def merge(scores_TS: Tensor, k: int, positions_TS: Tensor) -> tuple[Tensor, Tensor]:
+    """Top-k of what parts of a row selected beside each other; -inf marks the slots that no candidate filled."""
+    rows, candidates = scores_TS.shape
+    if candidates > MERGED:
+        return select(scores_TS, k, positions_TS, 1)
+    capacity = triton.next_power_of_2(candidates)
+    warps = min(16, max(4, capacity // 512))
+    indices_TK = torch.empty(rows, k, dtype=torch.int32, device=scores_TS.device)
+    lengths_T = torch.empty(rows, dtype=torch.int32, device=scores_TS.device)
+    merge_kernel[(rows,)](
+        scores_TS, positions_TS, indices_TK, lengths_T, candidates, k,
+        CAPACITY=capacity, R=1, W=32 * warps, num_warps=warps,
+    )  # fmt: skip
     return indices_TK, lengths_T
 
 

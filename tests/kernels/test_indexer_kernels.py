@@ -70,18 +70,16 @@ def test_scores(dtype: torch.dtype, heads: int, dim: int, windows: int, describe
 
 
 @interpreter_only
-@pytest.mark.parametrize("splits, pieces, described", [(1, 2, True), (3, 1, False)])
+@pytest.mark.parametrize("splits, described", [(1, True), (3, False)])
 @pytest.mark.parametrize("plateau", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_fused_selection(splits: int, pieces: int, described: bool, plateau: bool) -> None:
+def test_fused_selection(splits: int, described: bool, plateau: bool) -> None:
     inputs = list(last_queries(6, 300, 4, 16, torch.float32, guard=16))
     if plateau:
         inputs[2] = inputs[2].abs()  # no negative weight: a plateau of exact zeros
         inputs[1] = torch.where(torch.arange(300)[:, None] % 3 > 0, -inputs[0][0, 0].abs().sum() * 1e-9, inputs[1])
     inputs[3][4:] = 130  # another sequence for the last two rows of the block
-    options = {"sizes": SIZES, "shape": SHAPE, "guess_from": 4}
-    got = fused_kernels.launch(
-        *inputs[:5], 8, *inputs[5:], splits=splits, pieces=pieces, described=described, **options
-    )
+    options = {"sizes": SIZES, "shape": SHAPE, "guess_from": 128}
+    got = fused_kernels.launch(*inputs[:5], 8, *inputs[5:], splits=splits, described=described, **options)
     # the kernel's own scores decide near-ties; the scores are checked above
     want = topk_reference.topk(scores_kernels.launch(*inputs, shape=SHAPE, described=False), 8)
     assert torch.equal(got[0], want[0])
@@ -155,14 +153,23 @@ def requests(capability: int) -> list[dict]:
     base = dict.fromkeys(["weight_ptr", "q_scale_ptr", "k_scale_ptr", "out_score_ptr", "chunk_ptr"], "*fp32")
     base |= dict.fromkeys(["start_ptr", "end_ptr", "table_ptr", "out_position_ptr", "length_ptr"], "*i32")
     base |= {"buffer_ptr": "*i64", "sequence_ptr": "*i64", "out_ptr": "*fp32"}
-    names = "tokens keys window splits q_stride k_stride out_stride table_stride sequences pages page_size page_stride"
+    names = "tokens keys window splits q_stride k_stride out_stride table_stride sequences pages page_stride"
     base |= dict.fromkeys([*names.split(), "scale_page_stride", "k", "limit"], "i32")
     result = []
     for kind in ("bf16", "fp8e4nv") if capability > 80 else ("bf16",):
         typed = base | dict.fromkeys(["q_ptr", "k_ptr", "k_tiles"], f"*{kind}")
         no_scale = {} if kind == "fp8e4nv" else {"q_scale_ptr": None, "k_scale_ptr": None}
         rows = {"M": 64, "B": 4 if kind == "fp8e4nv" else 2} if capability == 90 else {"M": 32, "B": 2}
-        buffers = {"CAPACITY": 8192, "R": 4, "W": 128, "PIECES": 2, "GUESS_FROM": 8}
+        buffers = {
+            "CAPACITY": 8192,
+            "R": 4,
+            "W": 128,
+            "SAMPLE": 2048,
+            "SIGMAS": 7.0,
+            "PIECES": 2,
+            "GUESS_FROM": 16384,
+            "PAGE": 64,
+        }
         one_piece = {"table_ptr": None, "sequence_ptr": None, "out_score_ptr": None}
         paged = {"start_ptr": None, "length_ptr": None, "B": 1, "M": 128 if capability == 90 else 32}
         for function, constants in [

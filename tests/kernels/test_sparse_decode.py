@@ -113,8 +113,22 @@ def test_fp8_kernel_compiles_within_shared_memory():
         assert got["shared"] <= limits[asked["capability"]], (asked, got)
 
 
+@pytest.mark.slow
+def test_hopper_kernel_compiles():
+    arguments = dict(q_ptr="*bf16", word_ptr="*i32", scale_ptr="*fp32", indices_ptr="*i32", span_ptr="*i32")
+    arguments |= dict(out_ptr="*bf16", lse_ptr="*fp32", scale_log2="fp32")
+    arguments |= {n: "i32" for n in ("tiles", "key_rows", "q_stride_t", "q_stride_h", "indices_stride", "nought")}
+    constants = dict(KEYS=2048, HEADS=128, ROW_BLOCKS=2, HAS_SINK=False, sink_ptr=None)
+    request = dict(function="kernels.sparse_decode.gluon:sparse_decode_hopper_kernel", arguments=arguments)
+    (got,) = compile_all([request | dict(constants=constants, options=dict(num_warps=4), capability=90)])
+    assert got["shared"] <= 232448
+    assert got["stack"] <= 128  # addresses of the producer; none of the products' operands
+    assert got["instructions"]["wgmma.mma_async"] == 88
+    assert got["instructions"]["setmaxnreg"] > 0
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("heads", [128, 16, 24])
+@pytest.mark.parametrize("heads", [128, 64, 16, 24])
 @pytest.mark.parametrize("tokens", [3, 100])
 def test_decode_on_the_card(heads, tokens):
     keys = 6400
