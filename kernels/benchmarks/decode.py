@@ -38,7 +38,7 @@ def latent_rows(context: Context) -> list[dict]:
 
 
 def gqa_rows(context: Context) -> list[dict]:
-    """32 query heads, 8 key-value heads of 128, bf16: the whole step against dense decoding, where the card has room for
+    """32 query heads, 8 key-value heads of 128, bf16: the whole step against dense decoding, where there is room for
     34 GB of keys and values. Both read the same memory, which is random: as pages, and as one piece a head."""
     device, heads, groups, dim = context.device, 32, 8, 128
     elements = BATCH * LENGTH * groups * dim

@@ -37,7 +37,7 @@ def rows(context: Context) -> list[dict]:
 
 
 def paged_selection(device: torch.device) -> tuple[Callable[[], torch.Tensor], int]:
-    """Selection by 64 sequences of 128K over an fp8 index (132 bytes a key, pages of 64), and the bytes that it reads."""
+    """Selection by 64 sequences of 128K over an fp8 index (132 bytes a key, pages of 64), and the bytes it reads."""
     pages = BATCH * LENGTH // PAGE
     index = torch.randint(0, 120, (pages, PAGE * (DIM + 4)), device=device, dtype=torch.uint8)
     keys = index[:, : PAGE * DIM].view(torch.float8_e4m3fn).view(pages, PAGE, DIM)
