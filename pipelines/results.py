@@ -35,7 +35,9 @@ def collect(profile: str, directories: Sequence[Path], command: str) -> dict[str
             raise InputError(f"{directory} is a run of the profile {summary.get('profile')!r}, not {profile!r}")
         if summary["status"] not in ("finished", "rejected"):
             raise InputError(f"the run {directory} did not come to an end: {summary['status']}")
-        summaries.append(summary)
+        # what each stage took when it ran, in this run or in the one whose result this run reused
+        work = sum(stage["work_seconds"] or 0.0 for stage in summary["stages"])
+        summaries.append({**summary, "work_seconds": round(work, 1)})
     return {
         **frame(command, PACKAGES),
         "runs": summaries,
@@ -57,7 +59,7 @@ ROWS: dict[str, str] = {
     "indexer recall, the word that answers": "indexer_recall",
     "indexer recall, the whole fact": "indexer_recall_whole_fact",
     "engine against learner, log-probability gap": "logprob_gap",
-    "whole run, minutes": "wall_seconds",
+    "all stages together, minutes": "work_seconds",
     "peak memory, GB": "peak_rss_bytes",
 }
 
@@ -81,7 +83,7 @@ def shown(value: Any, path: str) -> str:
         return f"{value['mean']:+.3f} ({value['low']:+.3f} to {value['high']:+.3f})"
     if path == "logprob_gap":
         return f"{value:.1e}"
-    scale = {"wall_seconds": 1 / 60, "peak_rss_bytes": 1e-9}.get(path)
+    scale = {"work_seconds": 1 / 60, "peak_rss_bytes": 1e-9}.get(path)
     return f"{value * scale:.1f}" if scale else f"{value:.3f}"
 
 

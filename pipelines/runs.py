@@ -109,7 +109,7 @@ def compare_runs(runs: Path, first: str, second: str, console: Console) -> int:
             continue
         told = ["" if value is None else shown(value, path) for value in values]
         plain = all(isinstance(value, (int, float)) for value in values)
-        scale = {"wall_seconds": 1 / 60, "peak_rss_bytes": 1e-9}.get(path, 1.0)
+        scale = {"work_seconds": 1 / 60, "peak_rss_bytes": 1e-9}.get(path, 1.0)
         made.add_row(name, *told, f"{(values[1] - values[0]) * scale:+.3g}" if plain else "")
     console.print(made)
     settings = [

@@ -34,6 +34,7 @@ td.number, th.number { text-align: right }
 .tile { background: var(--card); border-radius: .5rem; padding: .7rem .9rem }
 .tile b { display: block; font-size: 1.35rem; font-weight: 600 } .tile span { color: var(--soft); font-size: .88rem }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(26rem, 1fr)); gap: 1.4rem }
+.tiles + .figures { margin-top: 1.6rem }
 figure { margin: 0 } figure svg { width: 100%; height: auto; color: var(--ink) }
 figcaption { font-weight: 600 } details { color: var(--soft); font-size: .88rem } summary { cursor: pointer }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: .8rem } .pair pre { white-space: pre-wrap; margin: .3rem 0 }
