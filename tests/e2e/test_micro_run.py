@@ -159,6 +159,13 @@ def test_mlflow_has_the_hierarchy_the_curves_and_the_models(runs, accepted):
     assert all(len(model.tags["sha256"]) == 64 for model in models)
 
 
+@pytest.mark.parametrize("stage", ["synthesis", "pretraining", "post_training", "evaluation"])
+def test_every_stage_has_its_page(runs, accepted, stage):
+    page = (runs / "latest" / "stages" / stage / "artifacts" / f"{stage}.html").read_text()
+    assert page.count("aria-label") == page.count("<svg") >= 2
+    assert "<script" not in page
+
+
 def test_the_report_stands_by_itself(runs, accepted):
     page = (runs / "latest" / "report.html").read_text()
     assert page.count("<svg") >= 5
