@@ -65,13 +65,13 @@ def test_asynchronous_keeps_the_bound_and_a_hanging_environment_spoils_only_its_
         schedule="asynchronous",
         rollout_workers=1,
         environment_workers=1,
-        environment_seconds=1.0,
+        environment_seconds=5.0,  # far more than a sound call takes, also on a busy machine
         validation_tasks=1,
     )
     records = ledger_of(folder)
     counts = check_ledger(records)
     assert counts["dropped_faulty"] == 1
-    assert any("environment_hangs: verdicts took more than 1 s" in record.get("reason", "") for record in records)
+    assert any("environment_hangs: verdicts took more than 5 s" in record.get("reason", "") for record in records)
     assert all(record["staleness"] <= 2 for record in records if record["event"] == "trained")
     assert result.summary["staleness_max"] >= 1
     assert len(read_metrics(folder / "records")["rl/staleness"]) == 5
