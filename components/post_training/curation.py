@@ -32,13 +32,19 @@ class PromptSampler:
         self._left: dict[str, deque[TaskRecord]] = {family: deque() for family in self._tasks}
         self._round: deque[str] = deque()
         self._next = 0
+        self._lost: deque[PromptGroup] = deque()
 
     def take(self, count: int) -> list[PromptGroup]:
-        """The next `count` groups."""
-        return [self._group() for _ in range(count)]
+        """The next `count` groups, lost ones first."""
+        return [self._lost.popleft() if self._lost else self._group() for _ in range(count)]
+
+    def again(self, lost: Mapping[int, str]) -> None:
+        """Hand out anew these groups (their tasks' ids by number), which an earlier try handed out in vain."""
+        by_id = {task.id: task for tasks in self._tasks.values() for task in tasks}
+        self._lost.extend(PromptGroup(number, by_id[task], self._seeds(number)) for number, task in lost.items())
 
     def state(self) -> dict[str, Any]:
-        """Where the stream is, in plain values."""
+        """Where the stream is, in plain values. Lost groups are not among them: the ledger knows those."""
         left = {family: [task.id for task in tasks] for family, tasks in self._left.items()}
         return {"rng": self._rng.getstate(), "left": left, "round": list(self._round), "next": self._next}
 
@@ -61,10 +67,12 @@ class PromptSampler:
             self._rng.shuffle(tasks)
             self._left[family].extend(tasks)
         identity, self._next = self._next, self._next + 1
-        # a group's seeds depend on its number alone, so that no schedule changes what an episode draws
-        rng = random.Random(f"{self._seed}/group/{identity}")
-        seeds = tuple(rng.getrandbits(62) for _ in range(self._group_size))
-        return PromptGroup(identity, self._left[family].popleft(), seeds)
+        return PromptGroup(identity, self._left[family].popleft(), self._seeds(identity))
+
+    def _seeds(self, number: int) -> tuple[int, ...]:
+        """They depend on the group's number alone, so that neither schedule nor restart changes what an episode draws."""
+        rng = random.Random(f"{self._seed}/group/{number}")
+        return tuple(rng.getrandbits(62) for _ in range(self._group_size))
 
 
 def by_family(tasks: Sequence[TaskRecord]) -> dict[str, list[TaskRecord]]:

@@ -6,6 +6,7 @@ or reordered line is found; the last record of a run that ended in order counts 
 | event | fields |
 |---|---|
 | issued | group, task, family, version (of the learner's weights at that time) |
+| again | group, version (of the weights at that time); it was under way when an earlier try was stopped |
 | finished | group, versions (lowest and highest of its sampled tokens) |
 | trained | group, step, version (of the weights that learned from it), staleness (version - lowest of its tokens) |
 | dropped | group, reason |
@@ -36,6 +37,7 @@ class Ledger:
         self._stream = path.open("x", buffering=1) if path else None
         self._previous = START
         self._open: set[int] = set()
+        self._lost: set[int] = set()  # of an earlier try, and not issued again yet
         self.records: list[dict[str, Any]] = []
 
     def _write(self, event: str, **fields: Any) -> None:
@@ -45,22 +47,31 @@ class Ledger:
         if self._stream:
             self._stream.write(json.dumps(record) + "\n")
 
-    def go_on(self, records: Sequence[Mapping[str, Any]], reason: str) -> None:
-        """Begin with the `records` of an earlier try; groups that were under way in it are dropped for `reason`."""
+    def go_on(self, records: Sequence[Mapping[str, Any]]) -> dict[int, str]:
+        """Begin with the `records` of an earlier try. Returns the groups that were under way in it, with their tasks.
+
+        They stay open: each has to be issued again, or is dropped when the ledger is closed.
+        """
         assert not self.records
         for record in records:
             self.records.append(dict(record))
             if self._stream:
                 self._stream.write(json.dumps(record) + "\n")
-            if record["event"] in ("issued", "finished"):
+            if record["event"] in ("issued", "again", "finished"):
                 self._open.add(record["group"])
             else:
                 self._open.discard(record["group"])
             self._previous = record["hash"]
-        for group in sorted(self._open):
-            self.dropped(group, reason)
+        tasks = {record["group"]: record["task"] for record in records if record["event"] == "issued"}
+        self._lost = set(self._open)
+        return {group: tasks[group] for group in sorted(self._lost)}
 
     def issued(self, group: int, task: str, family: str, version: int) -> None:
+        """A group is to be played; one that was under way in an earlier try is to be played again."""
+        if group in self._lost:
+            self._lost.discard(group)
+            self._write("again", group=group, version=version)
+            return
         self._open.add(group)
         self._write("issued", group=group, task=task, family=family, version=version)
 
@@ -119,7 +130,11 @@ def check_ledger(records: Sequence[Mapping[str, Any]], *, ended: bool = True) ->
     """
     previous = START
     state: dict[int, str] = {}
-    before = {"issued": {""}, "finished": {"issued"}, "trained": {"finished"}, "dropped": {"issued", "finished"}}
+    under_way = {"issued", "again", "finished"}
+    before = {
+        **{"issued": {""}, "again": under_way, "finished": {"issued", "again"}},
+        **{"trained": {"finished"}, "dropped": under_way},
+    }
     body: list[Mapping[str, Any]] = []
     for number, record in enumerate(records, start=1):
         kept = {name: value for name, value in record.items() if name != "hash"}

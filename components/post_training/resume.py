@@ -1,7 +1,8 @@
 """Goes on where a killed post-training stopped: weights, optimiser, prompts, ledger, validations, random numbers.
 
 With the synchronous schedule what follows is bitwise what the undisturbed training would have done. With the others
-groups that were under way are dropped in the ledger as lost in a restart; no group is trained on twice.
+groups that were under way are played again, with the weights of now and their own seeds: no prompt is lost, and none is
+trained on twice.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from components.runtime.errors import InputError
 from components.runtime.stage import StageContext
 from components.runtime.training_state import TrainingState
 
-LOST = "lost in a restart"
+LAYOUT = 2  # of what is saved; counted up whenever that changes
 _FILE = "state.pt"
 
 
@@ -64,7 +65,9 @@ class Resume:
 
     def __init__(self, context: StageContext, identity: Mapping[str, Any], interval_seconds: float) -> None:
         self.context = context
-        self.states = TrainingState(context.store, "post_training", identity, context.work_dir, interval_seconds)
+        self.states = TrainingState(
+            context.store, "post_training", {**identity, "layout": LAYOUT}, context.work_dir, interval_seconds
+        )
         self._found: dict[str, Any] | None = None
         latest = self.states.latest(context.work_dir)
         if latest:
@@ -79,6 +82,8 @@ class Resume:
         """
         found = self._found
         if found is None:
+            why = self.states.why_anew()
+            self.context.progress.note(f"begins anew, because {why or 'there is no training state'}")
             return Course()
         try:
             check_ledger(found["ledger"], ended=False)
@@ -89,10 +94,14 @@ class Resume:
             ) from error
         learner.load_state(found["learner"])
         sampler.load_state(found["sampler"])
-        ledger.go_on(found["ledger"], LOST)
+        lost = ledger.go_on(found["ledger"])
+        sampler.again(lost)
         rng.setstate(found["rng"])
         self._found = None
-        return Course.of(found["course"])
+        course = Course.of(found["course"])
+        told = f"; {len(lost)} groups that were under way are played again" if lost else ""
+        self.context.progress.note(f"goes on after step {course.step}{told}")
+        return course
 
     def save_if_due(
         self, course: Course, learner: Learner, sampler: PromptSampler, ledger: Ledger, rng: random.Random

@@ -19,6 +19,7 @@ from model import Transformer
 
 PHASES = ("dense", "warmup", "sparse")
 _PHASE_ORDER = 1_000_000  # orders of a phase's states come after those of the phase before it
+LAYOUT = 2  # of what is saved; counted up whenever that changes
 _FILE = "state.pt"
 
 
@@ -59,7 +60,9 @@ class Resume:
 
     def __init__(self, context: StageContext, identity: Mapping[str, Any], interval_seconds: float) -> None:
         self.context = context
-        self.states = TrainingState(context.store, "pretraining", identity, context.work_dir, interval_seconds)
+        self.states = TrainingState(
+            context.store, "pretraining", {**identity, "layout": LAYOUT}, context.work_dir, interval_seconds
+        )
         self.place = Place()
         latest = self.states.latest(context.work_dir)
         if latest:
@@ -67,6 +70,10 @@ class Resume:
             found = torch.load(latest[1] / _FILE, weights_only=True)
             context.tracker.restore(found.pop("history"))
             self.place = Place(found)
+            context.progress.note(f"goes on after step {found['step']} of the phase {found['phase']}")
+        else:
+            why = self.states.why_anew()
+            context.progress.note(f"begins anew, because {why or 'there is no training state'}")
 
     def save_if_due(
         self,

@@ -1,8 +1,8 @@
 """Training state of a stage that can be stopped at any moment: saved beside the training, found again by the next try.
 
 It is not the published checkpoint. It lies under `training-state/<stage>/<identity>/<order>/` in the store, where the
-identity is the hash of all that the result follows from (configuration, seed, inputs, sources), so a changed stage
-never goes on from another's state. The files go first and the manifest with their hashes last; the newest two are
+identity is the hash of all that the result follows from (configuration, seed, inputs, sources, layout of the state), so
+a changed stage never goes on from another's state: it begins anew beside it, and tells what is different. The files go first and the manifest with their hashes last; the newest two are
 kept, so that a kill while one is written, or a damaged one, costs one interval and not the training.
 """
 
@@ -20,9 +20,12 @@ from components.runtime.artifacts import MANIFEST, file_sha256
 from components.runtime.contracts import digest
 from components.runtime.errors import InputError
 from components.runtime.object_store import ObjectStore
+from components.runtime.tracking import flatten
 
-FORMAT = "sparseline-training-state/1"
+FORMAT = "sparseline-training-state/2"
 KEPT = 2
+LAYOUT = "layout"  # key of an identity: the number of the state's own layout, which the stage counts
+_SHOWN = 5  # differences that are told
 
 
 class TrainingState:
@@ -38,7 +41,9 @@ class TrainingState:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.store, self.scratch, self.interval, self.clock = store, scratch, interval_seconds, clock
-        self.prefix = f"training-state/{stage}/{digest(dict(identity))[:32]}"
+        self.identity = json.loads(json.dumps(dict(identity)))  # as a manifest gives it back
+        self.folder = f"training-state/{stage}"
+        self.prefix = f"{self.folder}/{digest(self.identity)[:32]}"
         self._saved_at = clock()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -83,7 +88,7 @@ class TrainingState:
         for path in sorted(folder.iterdir()):
             self.store.put_file(f"{place}/{path.name}", path)
             files[path.name] = file_sha256(path)
-        manifest = {"format": FORMAT, "order": order, "files": files}
+        manifest = {"format": FORMAT, "order": order, "identity": self.identity, "files": files}
         self.store.put_bytes(f"{place}/{MANIFEST}", json.dumps(manifest, indent=1).encode())
         shutil.rmtree(folder)
         for old in self._orders()[:-KEPT]:
@@ -92,7 +97,7 @@ class TrainingState:
     def latest(self, target: Path) -> tuple[int, Path] | None:
         """Order and local copy of the newest whole state, or None. A damaged one is passed over.
 
-        Raises InputError for a state that another version of Sparseline wrote.
+        Raises InputError for a state that another version of Sparseline wrote, or that is another stage's.
         """
         for order in reversed(self._orders()):
             place, folder = f"{self.prefix}/{order:08d}", target / f"state-{order:08d}"
@@ -101,6 +106,11 @@ class TrainingState:
                 raise InputError(
                     f"the training state {self.store.uri}/{place} has the format {manifest.get('format')!r}, not "
                     f"{FORMAT}; remove {self.store.uri}/{self.prefix} to train from the start"
+                )
+            if manifest["identity"] != self.identity:
+                raise InputError(
+                    f"the training state {self.store.uri}/{place} is another training's: "
+                    f"{_told(manifest['identity'], self.identity)}; remove it to train from the start"
                 )
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
@@ -114,6 +124,29 @@ class TrainingState:
                 continue
             return order, folder
         return None
+
+    def why_anew(self) -> str:
+        """Why there is nothing to go on from, where states of other trainings of this stage lie beside; else "".
+
+        Raises InputError when such a state differs in nothing but the version of Sparseline that wrote it.
+        """
+        nearest: tuple[int, str, str] | None = None
+        newest = {key.rsplit("/", 2)[0]: key for key in self.store.keys(f"{self.folder}/") if key.endswith(MANIFEST)}
+        for prefix, key in newest.items():
+            manifest = json.loads(self.store.get_bytes(key))
+            if prefix == self.prefix or manifest.get("format") != FORMAT:
+                continue
+            found, place = manifest["identity"], f"{self.store.uri}/{prefix}"
+            differences = _differences(found, self.identity)
+            if LAYOUT in differences and set(differences) <= {LAYOUT, "code"}:
+                raise InputError(
+                    f"the training state {place} was written by another version of Sparseline (layout {found[LAYOUT]}, "
+                    f"this one reads {self.identity[LAYOUT]}); go on with that version, or remove it to begin anew "
+                    "(`sparseline gc --delete` does, in this machine's own store)"
+                )
+            if nearest is None or len(differences) < nearest[0]:
+                nearest = (len(differences), _told(found, self.identity), place)
+        return f"the training state {nearest[2]} is another training's: {nearest[1]}" if nearest else ""
 
     def clear(self) -> None:
         """Remove all states: the stage published its result."""
@@ -132,3 +165,24 @@ class TrainingState:
         # the manifest first: without it the rest is nothing
         for key in sorted(keys, key=lambda key: not key.endswith(MANIFEST)):
             self.store.remove(key)
+
+
+def _differences(found: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What differs between two identities, by dotted name: the value of each, None where it has none."""
+    left, right = flatten(found), flatten(own)
+    return {
+        name: (left.get(name), right.get(name))
+        for name in sorted({*left, *right})
+        if left.get(name) != right.get(name)
+    }
+
+
+def _told(found: Mapping[str, Any], own: Mapping[str, Any]) -> str:
+    """The first few differences, for a person."""
+    differences = _differences(found, own)
+    told = [
+        f"{name} is another" if name == "code" or name.startswith("inputs.") else f"{name} is {left!r} there, {right!r} here"
+        for name, (left, right) in list(differences.items())[:_SHOWN]
+    ]
+    more = len(differences) - len(told)
+    return ", ".join(told) + (f", and {more} more" if more > 0 else "")

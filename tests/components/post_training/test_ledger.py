@@ -94,6 +94,28 @@ def test_a_wrong_way_is_found_even_in_a_whole_chain(events, message):
         check_ledger(ledger.records)
 
 
+def test_groups_under_way_in_an_earlier_try_are_issued_again_and_not_lost():
+    earlier = write()  # groups 1 and 2 are dropped, 0 is trained, 3 is out
+    earlier.issued(4, "task4", "family", 1)
+    earlier.finished(4, (1, 1))
+    ledger = Ledger()
+    assert ledger.go_on(earlier.records) == {3: "task3", 4: "task4"}
+    for group in (4, 3):
+        ledger.issued(group, f"task{group}", "family", 2)
+        ledger.finished(group, (2, 2))
+    ledger.trained(4, 1, 2, 0)
+    ledger.close("not needed")
+    assert {name: check_ledger(ledger.records)[name] for name in ("issued", "again", "trained", "dropped_not_needed")} == {
+        **{"issued": 5, "again": 2, "trained": 2, "dropped_not_needed": 1}
+    }
+    ledger = Ledger()
+    ledger.go_on(earlier.records)
+    ledger.issued(3, "task3", "family", 2)
+    ledger.issued(3, "task3", "family", 2)  # nobody lost it now
+    with pytest.raises(LedgerError, match="group 3 is issued after it was again"):
+        check_ledger(ledger.records, ended=False)
+
+
 def test_a_torn_line_is_named(tmp_path):
     path = tmp_path / "ledger.jsonl"
     write(path)

@@ -96,6 +96,43 @@ def test_nothing_is_lost_and_nothing_is_too_old(seed, schedule, staleness, refil
     assert counts["issued"] == counts["trained"] + counts["dropped"]
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from(["one_step_off", "asynchronous"]), st.integers(1, 6), st.integers(1, 6))
+def test_what_was_under_way_at_kills_is_played_again_with_its_own_seeds(seed, schedule, first, second):
+    """Killed twice, after `first` and after `second` more steps: every group is trained or dropped once, none is lost."""
+    config = PostTrainingConfig(steps=7, prompts=3, group_size=2, schedule=schedule, rollout_workers=1)
+    rng, version, done = random.Random(seed), 0, 0
+    records, stream = [], PromptSampler(TASKS, 2, str(seed)).state()
+    seeds_of = {group.id: group.seeds for group in PromptSampler(TASKS, 2, str(seed)).take(200)}
+    for steps in (first, second, 7):
+        pool, ledger, sampler = ShuffledPool(rng, 0.8), Ledger(), PromptSampler(TASKS, 2, str(seed))
+        pool.version = version
+        sampler.load_state(stream)
+        lost = ledger.go_on(records)
+        sampler.again(lost)
+        flow = Flow(config, sampler, ledger)
+        for batch in SCHEDULES[schedule](config, pool, flow, lambda: version, done):
+            assert all(
+                tuple(episode.seed for episode in group.episodes) == seeds_of[group.id] for group in batch.groups
+            )
+            flow.trained(batch, done)
+            version, done, steps = version + 1, done + 1, steps - 1
+            pool.publish(version)
+            if steps == 0:
+                break
+        again = {record["group"] for record in ledger.records[len(records) :] if record["event"] == "again"}
+        assert again == set(lost) if schedule == "one_step_off" else again <= set(lost)
+        records, stream = list(ledger.records), sampler.state()  # what a training state keeps
+    assert done == 7
+    ledger.close("not needed")
+    counts = check_ledger(ledger.records)
+    reasons = {record["reason"] for record in ledger.records if record["event"] == "dropped"}
+    assert reasons <= {"zero variance", "too old", "not needed"}
+    issued = [record["group"] for record in ledger.records if record["event"] == "issued"]
+    assert issued == list(range(counts["issued"]))
+    assert counts["issued"] == counts["trained"] + counts["dropped"]
+
+
 def test_too_old_groups_are_dropped_with_the_reason():
     config = PostTrainingConfig(
         steps=4, prompts=2, group_size=2, schedule="asynchronous", staleness=1, rollout_workers=1

@@ -73,6 +73,42 @@ def test_a_state_of_another_version_is_refused_and_kept(tmp_path):
     assert manifest.is_file()
 
 
+def test_what_differs_from_the_nearest_state_is_told(tmp_path):
+    for seed, steps in ((3, 90), (0, 40)):
+        made = states(tmp_path, identity={"seed": seed, "config": {"steps": steps}, "layout": 2})
+        made.save(3, writer("x"))
+        made.wait()
+    here = states(tmp_path, identity={"seed": 0, "config": {"steps": 90}, "layout": 2})
+    assert here.latest(tmp_path / "work") is None
+    why = here.why_anew()
+    assert why.startswith(f"the training state {here.store.uri}/training-state/pretraining/")
+    assert why.endswith(" is another training's: seed is 3 there, 0 here") or why.endswith(
+        " is another training's: config.steps is 40 there, 90 here"
+    )
+    assert states(tmp_path / "empty").why_anew() == ""
+
+
+@pytest.mark.parametrize("code", ["a", "b"])
+def test_a_state_of_another_layout_is_refused_with_the_way_out(tmp_path, code):
+    identity = {"seed": 0, "code": "a", "layout": 1}
+    made = states(tmp_path, identity=identity)
+    made.save(3, writer("old"))
+    made.wait()
+    with pytest.raises(InputError, match=r"layout 1, this one reads 2\); go on with that version, or remove it"):
+        states(tmp_path, identity={**identity, "code": code, "layout": 2}).why_anew()
+    assert read(states(tmp_path, identity=identity).latest(tmp_path / "work")) == (3, "old")
+    # other sources with the same layout begin anew: a developer's next try
+    assert "code is another" in states(tmp_path, identity={**identity, "code": "c"}).why_anew()
+
+
+def test_a_state_that_was_put_in_the_place_of_another_is_refused(tmp_path):
+    made = saved(tmp_path, 3)
+    manifest = made.store.directory / made.prefix / "00000003" / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "identity": {"seed": 7}}))
+    with pytest.raises(InputError, match="is another training's: seed is 7 there, 0 here; remove it"):
+        states(tmp_path).latest(tmp_path / "work")
+
+
 def test_a_save_that_failed_is_told_by_the_next_one(tmp_path):
     def broken(folder):
         raise InputError("the disk is full")

@@ -1,0 +1,173 @@
+"""The stage as a program of its own, killed by SIGKILL with groups under way, and given again."""
+
+import collections
+import importlib.util
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from components.environments.chat_format import BOS, CHAT_TEMPLATE, END, PAD, SPECIAL_WORDS, UNKNOWN
+from components.post_training.ledger import check_ledger, read_ledger
+from components.runtime.artifacts import publish
+from components.runtime.object_store import open_store
+from components.runtime.task_set import write_task_set
+from model import ModelConfig, Transformer
+from model.checkpoint import save_model, save_tokenizer, word_tokenizer
+
+ROOT = Path(__file__).parents[3]
+# A family as a plug-in of somebody else's: an installed package with an entry point. Its reward is decided by lot.
+PLUGIN = '''
+from components.environments.kg_query import KnowledgeGraphQuery
+from components.environments.protocol import Verdict
+
+
+class Lot(KnowledgeGraphQuery):
+    name = "lot"
+    plays = 0
+
+    def reset(self, task):
+        episode, play = super().reset(task), self.plays
+        self.plays += 1
+
+        class Drawn:
+            step, state_hash = episode.step, episode.state_hash
+
+            def verdict(self):
+                return Verdict(float(play % 2), "by lot")
+
+        return Drawn()
+'''
+CONFIG = {
+    **{"steps": 6, "prompts": 3, "group_size": 4, "mini_batches": 1, "validation_tasks": 1, "validation_every": 6},
+    **{"turn_tokens": 6, "threads": 1, "learning_rate": 1e-3, "state_seconds": 0.0},
+    **{"schedule": "asynchronous", "rollout_workers": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def plugin(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plugin")
+    (folder / "lot_family.py").write_text(PLUGIN)
+    about = folder / "lot_family-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: lot-family\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[sparseline.environments]\nlot = lot_family:Lot\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def family(plugin):
+    spec = importlib.util.spec_from_file_location("lot_family", plugin / "lot_family.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.Lot()
+
+
+@pytest.fixture
+def program(tmp_path, plugin, family):
+    """Starts the program; all of a test share store and runs. The environment is the test's own."""
+    store = open_store(str(tmp_path / "store"))
+    templates = family.templates()[::40]
+    write_task_set(
+        tmp_path / "tasks",
+        tasks=[family.generate(t, s, split) for split in ("train", "validation") for s, t in enumerate(templates)],
+        **{"long_tasks": [], "demonstrations": [], "documents": [], "vocabulary": family.vocabulary(), "battery": {}},
+    )
+    tokenizer = word_tokenizer(SPECIAL_WORDS, family.vocabulary(), UNKNOWN)
+    model = ModelConfig.preset("micro", vocab_size=tokenizer.get_vocab_size())
+    save_model(Transformer(model).initialise(0), tmp_path / "checkpoint")
+    save_tokenizer(
+        tokenizer, tmp_path / "checkpoint", chat_template=CHAT_TEMPLATE, bos=BOS, eos=END, pad=PAD, unknown=UNKNOWN
+    )
+    pointers = {
+        name: publish(store, kind, tmp_path / name, stage="test", run={}).model_dump()
+        for name, kind in (("tasks", "task-set"), ("checkpoint", "checkpoint"))
+    }
+    keep = {name: value for name, value in os.environ.items() if not name.startswith(("SPARSELINE_", "AWS_", "RAY_"))}
+    environment = {
+        **keep,
+        "SPARSELINE_STORE": str(tmp_path / "store"),
+        "SPARSELINE_RUNS": str(tmp_path / "runs"),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(plugin)]),
+    }
+
+    def start(name: str, **values) -> subprocess.Popen:
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(yaml.safe_dump({"config": {**CONFIG, **values}, "inputs": pointers, "seed": 3}))
+        return subprocess.Popen(
+            [sys.executable, "-m", "components.post_training", "--config", str(file)],
+            env={**environment, "SPARSELINE_RUN_ID": name},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start
+
+
+def after_steps(process: subprocess.Popen, store: Path, steps: int) -> None:
+    """Wait until a training state of this many steps is whole."""
+    deadline = time.monotonic() + 300
+    while not any(int(path.parent.name) >= steps for path in store.glob("training-state/*/*/*/manifest.json")):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline, "no training state"
+        select.select([], [], [], 0.02)  # between two looks at a folder
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_no_prompt_is_lost_or_trained_twice_when_it_is_killed(program, tmp_path):
+    first = program("first")
+    after_steps(first, tmp_path / "store", 2)
+    family_tree = psutil.Process(first.pid).children(recursive=True)
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    _, alive = psutil.wait_procs(family_tree, timeout=30)  # Ray's head has to see that its owner is gone
+    assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+
+    second = program("second")
+    out, told = second.communicate(timeout=600)
+    assert second.returncode == 0, told
+    assert "goes on after step" in told
+    assert "groups that were under way are played again" in told
+    records = read_ledger(tmp_path / "runs" / "second" / "stages" / "post_training" / "artifacts" / "ledger.jsonl")
+    check_ledger(records)
+    ends = collections.Counter(r["group"] for r in records if r["event"] in ("trained", "dropped"))
+    issued = [r["group"] for r in records if r["event"] == "issued"]
+    assert sorted(issued) == list(range(len(issued)))
+    assert ends == dict.fromkeys(issued, 1)
+    again = [r["group"] for r in records if r["event"] == "again"]
+    assert again
+    assert len(set(again)) == len(again)
+    steps = {r["step"] for r in records if r["event"] == "trained"}
+    assert steps == set(range(6)), [(r["event"], r["group"], r.get("reason"), r.get("version"), r.get("step"), r.get("versions")) for r in records[:-1]]
+    reasons = {r["reason"] for r in records if r["event"] == "dropped"}
+    assert reasons <= {"not needed", "too old", "zero variance"}
+    assert json.loads(out)["summary"]["ledger"]["hash"] == records[-1]["hash"]
+    assert list((tmp_path / "store" / "training-state").rglob("*.json")) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_another_configuration_begins_anew_and_says_why(program, tmp_path):
+    values = {"schedule": "synchronous", "rollout_workers": 0}
+    first = program("first", **values)
+    after_steps(first, tmp_path / "store", 1)
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    kept = sorted((tmp_path / "store" / "training-state").rglob("manifest.json"))
+    second = program("second", **values, kl_weight=0.25)
+    _, told = second.communicate(timeout=600)
+    assert second.returncode == 0, told
+    assert "begins anew, because the training state file://" in told
+    assert "is another training's: config.kl_weight is 0.005 there, 0.25 here" in told
+    assert sorted((tmp_path / "store" / "training-state").rglob("manifest.json")) == kept
