@@ -209,6 +209,20 @@ def verify(
 
 
 @app.command()
+def replay(
+    run: Annotated[str, typer.Argument(help="id, the beginning of one, or latest")],
+    step: Annotated[int, typer.Argument(min=1, help="step of its post-training, counted from 1")],
+    runs: Annotated[Path, RUNS] = Path("runs"),
+    store: Annotated[str, typer.Option(help="the store of the runs, as in `sparseline run`")] = "",
+) -> None:
+    """Execute an RL step again from its records, bitwise, and find where engine and learner part."""
+    from pipelines.replay import replay_step
+    from pipelines.run import local_settings
+
+    raise typer.Exit(replay_step(local_settings(runs, store), run, step, Console()))
+
+
+@app.command()
 def doctor(
     cluster: Annotated[bool, typer.Option("--cluster", help="look at the cluster of the kubeconfig")] = False,
     profile: Annotated[str, PROFILE] = "nano",

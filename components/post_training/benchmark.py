@@ -5,7 +5,8 @@
 
 Each schedule plays and trains the same number of batches from the same checkpoint, without validation: synchronous in
 one process with 1 and with 2 threads, synchronous in two data-parallel processes, and one step off and asynchronous
-with one rollout worker and the learner, 1 thread each. Rounds take turns, so that what else the machine does meets all
+with rollout workers and the learner, 1 thread each. Two rollout workers leave no core idle while the learner waits for
+a batch, nor while its own step is the shorter half. Rounds take turns, so that what else the machine does meets all
 alike. Starting processes and Ray is not counted.
 """
 
@@ -43,6 +44,7 @@ CASES: dict[str, dict[str, Any]] = {
     "synchronous, 2 processes": {"threads": 1, "processes": 2},
     "one step off, 1 + 1 threads": {"threads": 1, "schedule": "one_step_off", "rollout_workers": 1},
     "asynchronous, 1 + 1 threads": {"threads": 1, "schedule": "asynchronous", "rollout_workers": 1},
+    "asynchronous, 2 + 1 threads": {"threads": 1, "schedule": "asynchronous", "rollout_workers": 2},
 }
 
 

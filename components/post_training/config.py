@@ -92,6 +92,12 @@ class PostTrainingConfig(BaseModel):
     )
     validation_every: int = Field(15, ge=1, description="steps between validations; the first is before step 0")
     state_seconds: float = Field(20.0, ge=0, description="seconds between two saves of the training state")
+    record_every: int = Field(
+        50,
+        ge=0,
+        description="steps between two that are recorded (and the first), for `sparseline replay` to execute again; "
+        "a record is about as large as a training state; 0 = none",
+    )
     turn_tokens: int = Field(40, ge=1, description="tokens of one assistant turn")
     max_sequences: int = Field(0, ge=0, description="rollouts that an engine plays at once; 0 = a whole batch")
     cache_tokens: int = Field(262_144, ge=1, description="tokens of the key-value cache of an engine, at most")

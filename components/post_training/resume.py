@@ -18,13 +18,14 @@ import torch
 from components.post_training.alarms import StepSigns
 from components.post_training.curation import PromptSampler
 from components.post_training.ledger import Ledger, LedgerError, check_ledger
+from components.post_training.records import StepRecorder
 from components.post_training.trainer import Learner
 from components.post_training.validation import Validation
 from components.runtime.errors import InputError
 from components.runtime.stage import StageContext
 from components.runtime.training_state import TrainingState
 
-LAYOUT = 2  # of what is saved; counted up whenever that changes
+LAYOUT = 3  # of what is saved; counted up whenever that changes
 _FILE = "state.pt"
 
 
@@ -75,7 +76,9 @@ class Resume:
             self._found = torch.load(latest[1] / _FILE, weights_only=True)
             context.tracker.restore(self._found["history"])
 
-    def load(self, learner: Learner, sampler: PromptSampler, ledger: Ledger, rng: random.Random) -> Course:
+    def load(
+        self, learner: Learner, sampler: PromptSampler, ledger: Ledger, recorder: StepRecorder, rng: random.Random
+    ) -> Course:
         """Put everything where the earlier try was, and return how far it had come; the beginning without one.
 
         Raises InputError when the ledger of the state is damaged.
@@ -96,6 +99,7 @@ class Resume:
         sampler.load_state(found["sampler"])
         lost = ledger.go_on(found["ledger"])
         sampler.again(lost)
+        recorder.load_state(found["records"])
         rng.setstate(found["rng"])
         self._found = None
         course = Course.of(found["course"])
@@ -104,7 +108,13 @@ class Resume:
         return course
 
     def save_if_due(
-        self, course: Course, learner: Learner, sampler: PromptSampler, ledger: Ledger, rng: random.Random
+        self,
+        course: Course,
+        learner: Learner,
+        sampler: PromptSampler,
+        ledger: Ledger,
+        recorder: StepRecorder,
+        rng: random.Random,
     ) -> None:
         """Save in the background, once the interval is over."""
         if not self.states.due():
@@ -114,6 +124,7 @@ class Resume:
             "learner": copy.deepcopy(learner.state()),
             "sampler": sampler.state(),
             "ledger": list(ledger.records),
+            "records": recorder.state(),
             "rng": rng.getstate(),
             "history": self.context.tracker.history(),
         }

@@ -24,6 +24,7 @@ from components.post_training.config import PostTrainingConfig
 from components.post_training.curation import PromptSampler, balanced, by_family
 from components.post_training.flow import Flow
 from components.post_training.ledger import Ledger
+from components.post_training.records import StepRecorder
 from components.post_training.report import write_report
 from components.post_training.resume import Resume
 from components.post_training.schedule import SCHEDULES, LocalPool, Pool
@@ -40,7 +41,7 @@ from model.checkpoint import CheckpointError, copy_tokenizer, load_model, load_t
 
 
 def run(config: PostTrainingConfig, context: StageContext, inputs: dict[str, Pointer]) -> StageResult:
-    """Inputs: `tasks`, `checkpoint`. Outputs: `checkpoint`."""
+    """Inputs: `tasks`, `checkpoint`. Outputs: `checkpoint`, and `step_N` for each step that was recorded."""
     _set_threads(config)
     tasks_directory, start = context.fetch(inputs["tasks"]), context.fetch(inputs["checkpoint"])
     tasks, validation = chosen_tasks(tasks_directory, config)
@@ -57,22 +58,23 @@ def run(config: PostTrainingConfig, context: StageContext, inputs: dict[str, Poi
     ledger = Ledger(ledger_path)
     sampler = PromptSampler(tasks, config.group_size, f"{context.seed}/post_training")
     flow, rng = Flow(config, sampler, ledger), random.Random(f"{context.seed}/post_training")
+    recorder = StepRecorder(context, config, inputs)
     resume = Resume(context, context.identity(config, inputs), config.state_seconds)
     try:
         with open_ranks(config.processes, context.work_dir, follow, config, start, names, longest) as ranks:
             learner = Learner(config, model, ranks)
             worker = RolloutWorker(config, model, tokenizer, environments, longest, ranks)
-            course = resume.load(learner, sampler, ledger, rng)
+            course = resume.load(learner, sampler, ledger, recorder, rng)
             worker.load(learner.version)
 
             def after_step() -> None:
-                resume.save_if_due(course, learner, sampler, ledger, rng)
+                resume.save_if_due(course, learner, sampler, ledger, recorder, rng)
 
             with open_pool(config, context.work_dir / "ray", worker, tokenizer, environments, longest) as pool:
                 pool.publish(learner.version)
                 batches = SCHEDULES[config.schedule](config, pool, flow, lambda: learner.version, course.step)
                 playing = (flow, pool, batches, worker, validation)
-                summary = train(config, context, learner, *playing, course, after_step, rng)
+                summary = train(config, context, learner, *playing, course, recorder, after_step, rng)
             ranks.deal([None] * ranks.size)
     except BaseException as error:
         ledger.close(f"stopped: {type(error).__name__}")
@@ -89,8 +91,9 @@ def run(config: PostTrainingConfig, context: StageContext, inputs: dict[str, Poi
     copy_tokenizer(start, checkpoint)
     parents = [inputs["tasks"], inputs["checkpoint"]]
     pointer = context.publish("checkpoint", checkpoint, parents=parents, facts=summary)
+    records = recorder.finish()
     resume.finish()
-    return StageResult({"checkpoint": pointer}, summary)
+    return StageResult({"checkpoint": pointer, **records}, summary)
 
 
 def _set_threads(config: PostTrainingConfig) -> None:

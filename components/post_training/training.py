@@ -13,6 +13,7 @@ import torch
 from components.post_training.alarms import StepSigns, alarm
 from components.post_training.config import PostTrainingConfig
 from components.post_training.flow import Batch, Flow
+from components.post_training.records import StepRecorder
 from components.post_training.resume import Course
 from components.post_training.schedule import Pool
 from components.post_training.trainer import Learner
@@ -36,6 +37,7 @@ def train(
     validator: RolloutWorker,
     validation: Sequence[TaskRecord],
     course: Course,
+    recorder: StepRecorder,
     after_step: Callable[[], None],
     rng: random.Random,
 ) -> dict[str, Any]:
@@ -51,6 +53,7 @@ def train(
         context.tracker.metrics(course.first.metrics(), 0)
     stopped = ""
     for step in range(course.step, config.steps):
+        recorder.before(step + 1, learner, flow.sampler, rng)
         started = time.monotonic()
         batch = next(batches)
         rollout_seconds = time.monotonic() - started
@@ -66,6 +69,7 @@ def train(
             context.progress.note(f"stopped: {error}; the best weights so far are kept")
             break
         flow.trained(batch, step)
+        recorder.after(step + 1, learner, batch, learned)
         if learned:
             pool.publish(learner.version)
             validator.load(learner.version)

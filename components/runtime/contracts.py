@@ -31,7 +31,7 @@ def digest(value: Any) -> str:
 class Pointer(Contract):
     """What travels through KFP in place of the data: where an artifact lies and the hash of its manifest."""
 
-    kind: Literal["task-set", "checkpoint", "evaluation", "gate", "report"]
+    kind: Literal["task-set", "checkpoint", "evaluation", "gate", "report", "step-record"]
     uri: str = Field(description="prefix that holds manifest.json, e.g. s3://bucket/prefix or file:///dir")
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="sha256 of manifest.json")
 

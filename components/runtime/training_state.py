@@ -171,9 +171,7 @@ def _differences(found: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, 
     """What differs between two identities, by dotted name: the value of each, None where it has none."""
     left, right = flatten(found), flatten(own)
     return {
-        name: (left.get(name), right.get(name))
-        for name in sorted({*left, *right})
-        if left.get(name) != right.get(name)
+        name: (left.get(name), right.get(name)) for name in sorted({*left, *right}) if left.get(name) != right.get(name)
     }
 
 
@@ -181,7 +179,9 @@ def _told(found: Mapping[str, Any], own: Mapping[str, Any]) -> str:
     """The first few differences, for a person."""
     differences = _differences(found, own)
     told = [
-        f"{name} is another" if name == "code" or name.startswith("inputs.") else f"{name} is {left!r} there, {right!r} here"
+        f"{name} is another"
+        if name == "code" or name.startswith("inputs.")
+        else f"{name} is {left!r} there, {right!r} here"
         for name, (left, right) in list(differences.items())[:_SHOWN]
     ]
     more = len(differences) - len(told)

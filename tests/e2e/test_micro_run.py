@@ -177,6 +177,23 @@ def test_the_report_stands_by_itself(runs, accepted):
         assert plot in page
 
 
+def test_a_step_of_its_post_training_is_executed_again(runs, accepted):
+    """Step 2 has no record: it is reached from step 1, whose rollouts, weights and log-probabilities are compared."""
+
+    def replay(*arguments):
+        command = [*SPARSELINE, "replay", "latest", *arguments, "--runs", str(runs)]
+        return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=500)
+
+    done = replay("2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in ("engine against learner", "rollouts", "weights after step 1", "weights after step 2"):
+        assert f"same: {name}\n" in done.stdout
+    assert "DIFFERS" not in done.stdout
+    none = replay("9")
+    assert none.returncode == 2
+    assert "took 2 steps; step 9 is none of them" in none.stderr
+
+
 def test_a_pipeline_without_one_of_its_tasks_fails(runs, accepted, tmp_path):
     compiled = yaml.safe_load((runs / "latest" / "pipeline.yaml").read_text())
 
