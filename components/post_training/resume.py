@@ -66,7 +66,12 @@ class Resume:
     def __init__(self, context: StageContext, identity: Mapping[str, Any], interval_seconds: float) -> None:
         self.context = context
         self.states = TrainingState(
-            context.store, "post_training", {**identity, "layout": LAYOUT}, context.work_dir, interval_seconds
+            context.store,
+            "post_training",
+            {**identity, "layout": LAYOUT},
+            context.work_dir,
+            interval_seconds,
+            saved=context.progress.saved,
         )
         self._found: dict[str, Any] | None = None
         latest = self.states.latest(context.work_dir)
@@ -122,3 +127,4 @@ class Resume:
     def finish(self) -> None:
         """The checkpoint is published: no state is needed any more."""
         self.states.clear()
+        self.context.tracker.metrics(self.states.costs(), 0)

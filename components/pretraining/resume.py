@@ -61,7 +61,12 @@ class Resume:
     def __init__(self, context: StageContext, identity: Mapping[str, Any], interval_seconds: float) -> None:
         self.context = context
         self.states = TrainingState(
-            context.store, "pretraining", {**identity, "layout": LAYOUT}, context.work_dir, interval_seconds
+            context.store,
+            "pretraining",
+            {**identity, "layout": LAYOUT},
+            context.work_dir,
+            interval_seconds,
+            saved=context.progress.saved,
         )
         self.place = Place()
         latest = self.states.latest(context.work_dir)
@@ -107,3 +112,4 @@ class Resume:
     def finish(self) -> None:
         """The checkpoint is published: no state is needed any more."""
         self.states.clear()
+        self.context.tracker.metrics(self.states.costs(), 0)

@@ -105,9 +105,9 @@ def test_groups_under_way_in_an_earlier_try_are_issued_again_and_not_lost():
         ledger.finished(group, (2, 2))
     ledger.trained(4, 1, 2, 0)
     ledger.close("not needed")
-    assert {name: check_ledger(ledger.records)[name] for name in ("issued", "again", "trained", "dropped_not_needed")} == {
-        **{"issued": 5, "again": 2, "trained": 2, "dropped_not_needed": 1}
-    }
+    assert {
+        name: check_ledger(ledger.records)[name] for name in ("issued", "again", "trained", "dropped_not_needed")
+    } == {**{"issued": 5, "again": 2, "trained": 2, "dropped_not_needed": 1}}
     ledger = Ledger()
     ledger.go_on(earlier.records)
     ledger.issued(3, "task3", "family", 2)

@@ -25,7 +25,7 @@ from model.checkpoint import save_model, save_tokenizer, word_tokenizer
 
 ROOT = Path(__file__).parents[3]
 # A family as a plug-in of somebody else's: an installed package with an entry point. Its reward is decided by lot.
-PLUGIN = '''
+PLUGIN = """
 from components.environments.kg_query import KnowledgeGraphQuery
 from components.environments.protocol import Verdict
 
@@ -45,7 +45,7 @@ class Lot(KnowledgeGraphQuery):
                 return Verdict(float(play % 2), "by lot")
 
         return Drawn()
-'''
+"""
 CONFIG = {
     **{"steps": 6, "prompts": 3, "group_size": 4, "mini_batches": 1, "validation_tasks": 1, "validation_every": 6},
     **{"turn_tokens": 6, "threads": 1, "learning_rate": 1e-3, "state_seconds": 0.0},
@@ -149,7 +149,10 @@ def test_no_prompt_is_lost_or_trained_twice_when_it_is_killed(program, tmp_path)
     assert again
     assert len(set(again)) == len(again)
     steps = {r["step"] for r in records if r["event"] == "trained"}
-    assert steps == set(range(6)), [(r["event"], r["group"], r.get("reason"), r.get("version"), r.get("step"), r.get("versions")) for r in records[:-1]]
+    assert steps == set(range(6)), [
+        (r["event"], r["group"], r.get("reason"), r.get("version"), r.get("step"), r.get("versions"))
+        for r in records[:-1]
+    ]
     reasons = {r["reason"] for r in records if r["event"] == "dropped"}
     assert reasons <= {"not needed", "too old", "zero variance"}
     assert json.loads(out)["summary"]["ledger"]["hash"] == records[-1]["hash"]
