@@ -239,6 +239,26 @@ def doctor(
     raise typer.Exit(machine_doctor.main())
 
 
+@app.command()
+def drill(
+    profile: Annotated[str, PROFILE] = "micro",
+    seed: Annotated[int | None, typer.Option(min=0, help="of moments and victims; default: another each time")] = None,
+    fault: Annotated[
+        list[str] | None, typer.Option(help="kill, stop, s3-away, disk-full or clock; may be repeated; default: all")
+    ] = None,
+    times: Annotated[int, typer.Option(min=1, help="of each kind")] = 1,
+    output: Annotated[Path, typer.Option(help="folder of drill.json and drill.html")] = Path("drill"),
+) -> None:
+    """Hold a game day: run a profile, disturb it by faults, check what comes out and how long it takes to recover."""
+    import secrets
+
+    from pipelines.drill import DrillOptions
+    from pipelines.drill import drill as hold_drill
+
+    drawn = secrets.randbelow(1 << 31) if seed is None else seed
+    raise typer.Exit(hold_drill(DrillOptions(profile, drawn, fault or [], times, output), Console()))
+
+
 @made.command("list")
 def runs_list(runs: Annotated[Path, RUNS] = Path("runs")) -> None:
     """List all runs: what, status, time, pass@1 before and after RL."""

@@ -24,9 +24,9 @@ from rich.console import Console
 
 from components.runtime import artifacts, errors, processes
 from components.runtime.contracts import Pointer
-from components.runtime.embedded_store import embedded_store, weed_program
+from components.runtime.embedded_store import EmbeddedStore, embedded_store, weed_program
 from components.runtime.errors import InputError, disk_errors
-from components.runtime.object_store import ObjectStore, S3Store
+from components.runtime.object_store import DirectoryStore, ObjectStore, S3Store
 from components.runtime.registry import Registry
 from components.runtime.settings import NO_USAGE_REPORTING, Settings, new_run_id
 from components.runtime.stage import write_json
@@ -34,6 +34,7 @@ from pipelines import catalogue, profiles, report, summary
 from pipelines.catalogue import Pipeline
 from pipelines.code_digest import ROOT
 from pipelines.display import display
+from pipelines.leftovers import sweep, temporary
 from pipelines.mirror import RunMirror
 from pipelines.watch import RunWatch
 
@@ -64,8 +65,14 @@ class RunOptions:
 def run(options: RunOptions, console: Console) -> int:
     """Run the pipeline. Returns the exit code: 0, or 1 fault, 2 bad input, 3 rejected by the gate, 130 stopped.
 
-    Raises InputError for whatever is wrong before the first stage starts; nothing is left behind then.
+    Raises InputError for whatever is wrong before the first stage starts, nothing is left behind then, and for a disk
+    that gets full.
     """
+    with disk_errors(options.runs.resolve()):
+        return _run(options, console)
+
+
+def _run(options: RunOptions, console: Console) -> int:
     started = time.monotonic()
     profile = profiles.override(profiles.load(options.profile), options.settings)
     configurations = profiles.resolve(profile)
@@ -80,6 +87,7 @@ def run(options: RunOptions, console: Console) -> int:
     with ExitStack() as stack:
         with disk_errors(runs):
             stack.enter_context(only_run(runs))
+            sweep(runs)
             store_settings, store = stack.enter_context(open_or_embed(settings))
             directory.mkdir(parents=True, exist_ok=True)
         write_json(directory / "configurations.json", configurations)
@@ -107,6 +115,11 @@ def run(options: RunOptions, console: Console) -> int:
                     memory.sample()
                     if ended:
                         break
+                    if isinstance(store, EmbeddedStore) and (gone := store.why_gone()):
+                        # at once: the stages would wait for it to come back
+                        execution.stop()
+                        console.print(gone, style="red", markup=False, highlight=False, soft_wrap=True)
+                        return errors.EXIT_FAULT
                     time.sleep(POLL_SECONDS)  # between two looks at files that grow
         except KeyboardInterrupt:
             interrupted = True
@@ -213,6 +226,8 @@ def open_or_embed(settings: Settings) -> Iterator[tuple[Settings, ObjectStore]]:
         probe = f"probe/{settings.run_id}"
         store.put_bytes(probe, b"sparseline")
         store.remove(probe)
+        if isinstance(store, DirectoryStore):
+            store.sweep()
         # A directory is given on as a URI: stages may run in another folder.
         yield settings.model_copy(update={"store": store.uri}), store
         return
@@ -256,12 +271,15 @@ class Execution:
         if compiled:
             self.pipeline.write_bytes(compiled.read_bytes())
         self._output: IO[bytes] = self.log.open("wb")
+        temporary(directory).mkdir()
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {
             **os.environ,
             **NO_USAGE_REPORTING,
             "PYTHONPATH": os.pathsep.join(paths),
             "PYTHONUNBUFFERED": "1",
+            # KFP leaves a folder there for each task; it goes with `stop`, or with the next run's sweep
+            "TMPDIR": str(temporary(directory)),
             processes.OWNER: processes.identity(),
         }
         self.process = processes.start(
@@ -294,6 +312,7 @@ class Execution:
     def stop(self) -> None:
         """End the KFP process with every stage below it. Finished stages are in the cache already."""
         processes.stop(self.process, seconds=STOP_SECONDS)
+        shutil.rmtree(temporary(self.directory), ignore_errors=True)
 
 
 def outcome(watch: RunWatch, execution: Execution, interrupted: bool, pipeline: Pipeline) -> tuple[int, str]:

@@ -70,7 +70,7 @@ class PromptSampler:
         return PromptGroup(identity, self._left[family].popleft(), self._seeds(identity))
 
     def _seeds(self, number: int) -> tuple[int, ...]:
-        """They depend on the group's number alone, so that neither schedule nor restart changes what an episode draws."""
+        """By the group's number alone, so that neither schedule nor restart changes what an episode draws."""
         rng = random.Random(f"{self._seed}/group/{number}")
         return tuple(rng.getrandbits(62) for _ in range(self._group_size))
 

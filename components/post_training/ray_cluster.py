@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from components.post_training.config import PostTrainingConfig
+from components.post_training.ray_names import remove_short_names
 from components.runtime.errors import InputError
 from components.runtime.settings import NO_USAGE_REPORTING
 
@@ -56,6 +57,7 @@ def cluster(directory: Path, needed: dict[str, float]) -> Iterator[None]:
             ray.shutdown()
         if head is not None:
             _stop(head)
+            remove_short_names(directory)  # the head does, unless it was killed
 
 
 def _authenticate() -> None:

@@ -12,15 +12,15 @@ import contextlib
 import ctypes
 import logging
 import os
-import shutil
 import signal
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+from components.post_training.ray_names import remove_short_names, short_name
 
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -31,11 +31,9 @@ def main() -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Ray puts sockets below the directory, whose paths may have 107 bytes: it is given a short name
-    short = Path(tempfile.mkdtemp(prefix="ray-"))
+    directory.mkdir(parents=True, exist_ok=True)
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        (short / "r").symlink_to(directory.resolve(), target_is_directory=True)
+        short = short_name(directory)
         import ray
 
         started: Any = ray.init(
@@ -45,13 +43,13 @@ def main() -> None:
             object_store_memory=store_bytes,
             log_to_driver=False,
             logging_level=logging.ERROR,
-            _temp_dir=str(short / "r"),
+            _temp_dir=str(short),
         )
         print(started.address_info["gcs_address"], flush=True)
         sys.stdin.read()
     finally:
         end_children()
-        shutil.rmtree(short, ignore_errors=True)
+        remove_short_names(directory)
         os._exit(0)
 
 

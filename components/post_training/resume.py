@@ -67,7 +67,12 @@ class Resume:
     def __init__(self, context: StageContext, identity: Mapping[str, Any], interval_seconds: float) -> None:
         self.context = context
         self.states = TrainingState(
-            context.store, "post_training", {**identity, "layout": LAYOUT}, context.work_dir, interval_seconds
+            context.store,
+            "post_training",
+            {**identity, "layout": LAYOUT},
+            context.work_dir,
+            interval_seconds,
+            saved=context.progress.saved,
         )
         self._found: dict[str, Any] | None = None
         latest = self.states.latest(context.work_dir)
@@ -85,8 +90,8 @@ class Resume:
         """
         found = self._found
         if found is None:
-            why = self.states.why_anew()
-            self.context.progress.note(f"begins anew, because {why or 'there is no training state'}")
+            if why := self.states.why_anew():
+                self.context.progress.note(f"begins anew, because {why}")
             return Course()
         try:
             check_ledger(found["ledger"], ended=False)
@@ -133,3 +138,4 @@ class Resume:
     def finish(self) -> None:
         """The checkpoint is published: no state is needed any more."""
         self.states.clear()
+        self.context.tracker.metrics(self.states.costs(), 0)

@@ -61,7 +61,12 @@ class Resume:
     def __init__(self, context: StageContext, identity: Mapping[str, Any], interval_seconds: float) -> None:
         self.context = context
         self.states = TrainingState(
-            context.store, "pretraining", {**identity, "layout": LAYOUT}, context.work_dir, interval_seconds
+            context.store,
+            "pretraining",
+            {**identity, "layout": LAYOUT},
+            context.work_dir,
+            interval_seconds,
+            saved=context.progress.saved,
         )
         self.place = Place()
         latest = self.states.latest(context.work_dir)
@@ -71,9 +76,8 @@ class Resume:
             context.tracker.restore(found.pop("history"))
             self.place = Place(found)
             context.progress.note(f"goes on after step {found['step']} of the phase {found['phase']}")
-        else:
-            why = self.states.why_anew()
-            context.progress.note(f"begins anew, because {why or 'there is no training state'}")
+        elif why := self.states.why_anew():
+            context.progress.note(f"begins anew, because {why}")
 
     def save_if_due(
         self,
@@ -107,3 +111,4 @@ class Resume:
     def finish(self) -> None:
         """The checkpoint is published: no state is needed any more."""
         self.states.clear()
+        self.context.tracker.metrics(self.states.costs(), 0)

@@ -6,6 +6,7 @@ process and its children alone. The data stay in the folder, so the next run fin
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import secrets
@@ -28,6 +29,7 @@ BUCKET = "sparseline"
 READY_SECONDS = 60.0
 ATTEMPTS = 3
 PORTS = (24000, 32000)
+PORTS_FILE, SOCKETS = "ports.json", Path("/tmp")
 TAKEN = ("address already in use", "Port allocation failed")  # how the server says that a port is not free
 # Every listener of `weed mini`; a flag left out would mean a fixed port.
 PORT_FLAGS = (
@@ -42,6 +44,22 @@ PORT_FLAGS = (
     "admin.port",
     "admin.port.grpc",
 )
+
+
+class EmbeddedStore(S3Store):
+    """The store of a server that we started."""
+
+    process: subprocess.Popen
+    log: Path
+
+    def why_gone(self) -> str:
+        """That the server has ended, and what to do; "" while it runs."""
+        if self.process.poll() is None:
+            return ""
+        return (
+            f"the object store (SeaweedFS) ended with code {self.process.returncode} (killed? out of memory?); "
+            f"its log is {self.log}; run the same command again to go on"
+        )
 
 
 class PortTaken(Exception):
@@ -75,7 +93,7 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextmanager
-def embedded_store(directory: Path, log: Path) -> Iterator[S3Store]:
+def embedded_store(directory: Path, log: Path) -> Iterator[EmbeddedStore]:
     """A running SeaweedFS over `directory`, answering our credentials. Stopped when the context ends.
 
     Raises InputError when it does not come up; the message names the log.
@@ -87,6 +105,7 @@ def embedded_store(directory: Path, log: Path) -> Iterator[S3Store]:
         directory.mkdir(parents=True, exist_ok=True)
         log.parent.mkdir(parents=True, exist_ok=True)
         (directory / "mini.options").unlink(missing_ok=True)  # weed would take old ports from it
+    _remove_sockets(directory)
     for attempt in range(ATTEMPTS):
         process, store = _start(program, directory, log)
         try:
@@ -101,13 +120,15 @@ def embedded_store(directory: Path, log: Path) -> Iterator[S3Store]:
         finally:
             # SIGKILL at once: weed's own shutdown takes up to half a minute, and its files are append-only.
             processes.stop(process, seconds=0.0)
+            _remove_sockets(directory)
 
 
-def _start(program: Path, directory: Path, log: Path) -> tuple[subprocess.Popen, S3Store]:
+def _start(program: Path, directory: Path, log: Path) -> tuple[subprocess.Popen, EmbeddedStore]:
     ports = dict(zip(PORT_FLAGS, free_ports(len(PORT_FLAGS)), strict=True))
     access_key, secret_key = secrets.token_hex(10), secrets.token_hex(20)
     command = [
         str(program),
+        "-logtostderr=true",  # into our log, and no files of its own in the system's temporary directory
         "mini",
         "-ip=127.0.0.1",
         "-ip.bind=127.0.0.1",
@@ -120,13 +141,26 @@ def _start(program: Path, directory: Path, log: Path) -> tuple[subprocess.Popen,
         "-master.telemetry=false",
         "-master.volumeSizeLimitMB=1024",
     ]
+    (directory / PORTS_FILE).write_text(json.dumps(sorted(ports.values())))
     # Credentials go through the environment: a command line is readable by every user of the machine.
     environment = {**os.environ, "AWS_ACCESS_KEY_ID": access_key, "AWS_SECRET_ACCESS_KEY": secret_key}
     with log.open("wb") as output:
         process = processes.start(
             command, environment=environment, cwd=directory, stdout=output, stderr=subprocess.STDOUT
         )
-    return process, S3Store(f"s3://{BUCKET}", f"http://127.0.0.1:{ports['s3.port']}", access_key, secret_key)
+    store = EmbeddedStore(f"s3://{BUCKET}", f"http://127.0.0.1:{ports['s3.port']}", access_key, secret_key)
+    store.process, store.log = process, log
+    return process, store
+
+
+def _remove_sockets(directory: Path) -> None:
+    """Remove the Unix sockets that `weed`, which has ended, left in /tmp: it lets nobody choose another place."""
+    file = directory / PORTS_FILE
+    if file.is_file():
+        for port in json.loads(file.read_text()):
+            for path in SOCKETS.glob(f"seaweedfs-*-{port}.sock"):
+                path.unlink(missing_ok=True)
+        file.unlink()
 
 
 def _await_ready(process: subprocess.Popen, store: S3Store, log: Path) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+# as SQLite, the C library and torch's writer of archives say it
+FULL_DISK = ("database or disk is full", "No space left on device", "PytorchStreamWriter failed")
 EXIT_FAULT, EXIT_INPUT, EXIT_REJECTED, EXIT_INTERRUPTED = 1, 2, 3, 130
 
 
@@ -41,10 +43,22 @@ def disk_errors(where: Path) -> Iterator[None]:
     """Turn a full, read-only or forbidden disk into an InputError that names the place."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        if isinstance(error, (InputError, GateRejected)):
+            raise
+        number = error.errno if isinstance(error, OSError) else None
+        if number in (errno.ENOSPC, errno.EDQUOT) or _tells_of_a_full_disk(error):
             raise InputError(f"the disk is full at {where}; free some space or choose another folder") from error
-        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-            reason = os.strerror(error.errno).lower()
+        if number in (errno.EROFS, errno.EACCES, errno.EPERM):
+            reason = os.strerror(number).lower()
             raise InputError(f"cannot write to {where}: {reason}; choose another folder") from error
         raise
+
+
+def _tells_of_a_full_disk(error: BaseException | None) -> bool:
+    """Whether a library's own kind of error, or what caused it, is about a full disk (SQLite, safetensors, torch)."""
+    while error is not None:
+        if any(text in str(error) for text in FULL_DISK):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

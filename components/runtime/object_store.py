@@ -8,16 +8,21 @@ A store has a root URI; keys are paths below it. This module is the only place t
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import unquote, urlparse
 
 from components.runtime.errors import InputError, disk_errors
+
+_BUSY = (500, 502, 503, 504)  # statuses after which the request is made again
+_PATIENT_TRIES = 16  # over about a minute
+_INCOMPLETE = ".incomplete-"  # how the names of files begin that are not whole yet
 
 
 class ObjectStore(Protocol):
@@ -68,16 +73,37 @@ class DirectoryStore:
         path = self._path(key)
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(prefix=".incomplete-", dir=path.parent)
-            os.close(handle)
+            handle, name = self._incomplete(path.parent)
             try:
                 yield Path(name)
-                with open(name, "rb") as written:
-                    os.fsync(written.fileno())
+                os.fsync(handle)
                 os.replace(name, path)
             except BaseException:
                 Path(name).unlink(missing_ok=True)
                 raise
+            finally:
+                os.close(handle)
+
+    @staticmethod
+    def _incomplete(folder: Path) -> tuple[int, str]:
+        """A new file that is locked as long as it is open: what nobody holds was left by a writer that was killed."""
+        while True:
+            handle, name = tempfile.mkstemp(prefix=_INCOMPLETE, dir=folder)
+            with suppress(OSError):  # a file system without locks: then nothing is swept either
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            if os.path.exists(name):
+                return handle, name
+            os.close(handle)  # swept before we held it
+
+    def sweep(self) -> int:
+        """Remove what writers that were killed left half written. Returns how many files that were."""
+        swept = 0
+        for path in self.directory.rglob(f"{_INCOMPLETE}*"):
+            with suppress(OSError), path.open("rb") as left:  # another one sweeps too, or it is being written
+                fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+                swept += 1
+        return swept
 
     def put_file(self, key: str, path: Path) -> None:
         with self._whole(key) as target:
@@ -101,9 +127,7 @@ class DirectoryStore:
     def keys(self, prefix: str = "") -> list[str]:
         files = (path for path in self.directory.rglob("*") if path.is_file())
         names = (path.relative_to(self.directory).as_posix() for path in files)
-        return sorted(
-            name for name in names if name.startswith(prefix) and not Path(name).name.startswith(".incomplete-")
-        )
+        return sorted(name for name in names if name.startswith(prefix) and not Path(name).name.startswith(_INCOMPLETE))
 
     def remove(self, key: str) -> None:
         self._path(key).unlink()
@@ -126,9 +150,10 @@ class S3Store:
         self.uri = uri.rstrip("/")
         self.endpoint, self.access_key, self.secret_key = endpoint, access_key, secret_key
         self.bucket, self.prefix = parsed.netloc, parsed.path.strip("/")
-        http = urllib3.PoolManager(
+        self._answered = False
+        self._http = http = urllib3.PoolManager(
             timeout=urllib3.Timeout(connect=5.0, read=120.0),
-            retries=urllib3.Retry(total=3, backoff_factor=0.2, status_forcelist=[500, 502, 503, 504]),
+            retries=urllib3.Retry(total=3, backoff_factor=0.2, status_forcelist=_BUSY),
             cert_reqs="CERT_REQUIRED",
             ca_certs=os.environ.get("SSL_CERT_FILE") or certifi.where(),
         )
@@ -148,6 +173,7 @@ class S3Store:
 
         try:
             yield
+            self._has_answered()
         except S3Error as error:
             if error.code in ("NoSuchKey", "NoSuchObject", "ResourceNotFound"):
                 raise FileNotFoundError(f"{self.uri}/{key}") from error
@@ -165,10 +191,27 @@ class S3Store:
                 ) from error
             raise
         except (urllib3.exceptions.HTTPError, InvalidResponseError) as error:
+            reason = getattr(error, "reason", None)
+            if isinstance(reason, urllib3.exceptions.ResponseError):
+                raise InputError(
+                    f"the object store at {self.endpoint} answers with errors ({reason}); look into its log, and "
+                    "whether its disk is full"
+                ) from error
             raise InputError(
                 f"the object store at {self.endpoint} cannot be reached ({type(error).__name__}); "
                 "check the endpoint and that the store runs"
             ) from error
+
+    def _has_answered(self) -> None:
+        """From now on be patient: a store that was there once is waited for, while a wrong address is told at once."""
+        if not self._answered:
+            import urllib3
+
+            self._answered = True
+            self._http.connection_pool_kw["retries"] = urllib3.Retry(
+                total=_PATIENT_TRIES, status=3, backoff_factor=0.2, backoff_max=5.0, status_forcelist=_BUSY
+            )
+            self._http.clear()  # pools that are there already keep the old ones
 
     def _name(self, key: str) -> str:
         return f"{self.prefix}/{key}" if self.prefix else key

@@ -87,6 +87,10 @@ class Progress:
         """An episode that the model just played, as text."""
         self._write({"kind": "episode", "text": text})
 
+    def saved(self, order: int) -> None:
+        """A training state is whole; for whoever follows the file."""
+        self._write({"kind": "saved", "order": order})
+
     def note(self, text: str) -> None:
         """One sentence for the reader of the display or the log."""
         self._write({"kind": "note", "text": text})

@@ -198,8 +198,12 @@ def execute(
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file that appears whole. NaN is an error: no reader of ours may meet one."""
     incomplete = path.with_name(f".incomplete-{path.name}")
-    incomplete.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
-    incomplete.replace(path)
+    try:
+        incomplete.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+        incomplete.replace(path)
+    except BaseException:
+        incomplete.unlink(missing_ok=True)
+        raise
 
 
 def _stop_on_sigterm() -> None:

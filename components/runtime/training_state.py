@@ -2,8 +2,9 @@
 
 It is not the published checkpoint. It lies under `training-state/<stage>/<identity>/<order>/` in the store, where the
 identity is the hash of all that the result follows from (configuration, seed, inputs, sources, layout of the state), so
-a changed stage never goes on from another's state: it begins anew beside it, and tells what is different. The files go first and the manifest with their hashes last; the newest two are
-kept, so that a kill while one is written, or a damaged one, costs one interval and not the training.
+a changed stage never goes on from another's state: it begins anew beside it, and tells what is different. The files go
+first and the manifest with their hashes last; the newest two are kept, so that a kill while one is written, or a
+damaged one, costs one interval and not the training.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from components.runtime.tracking import flatten
 FORMAT = "sparseline-training-state/2"
 KEPT = 2
 LAYOUT = "layout"  # key of an identity: the number of the state's own layout, which the stage counts
+WAITED_SECONDS, BACKGROUND_SECONDS = "states/waited_seconds", "states/background_seconds"  # curves of a stage
 _SHOWN = 5  # differences that are told
 
 
@@ -39,8 +41,12 @@ class TrainingState:
         scratch: Path,
         interval_seconds: float,
         clock: Callable[[], float] = time.monotonic,
+        saved: Callable[[int], None] = lambda order: None,
     ) -> None:
-        self.store, self.scratch, self.interval, self.clock = store, scratch, interval_seconds, clock
+        """`saved` is called with the order of each state that is whole, in the thread that saved it."""
+        self.store, self.scratch, self.interval, self.clock, self.saved = store, scratch, interval_seconds, clock, saved
+        self.waited_seconds = self.background_seconds = 0.0  # of training for saving, and of saving beside training
+        self._asked: float | None = None
         self.identity = json.loads(json.dumps(dict(identity)))  # as a manifest gives it back
         self.folder = f"training-state/{stage}"
         self.prefix = f"{self.folder}/{digest(self.identity)[:32]}"
@@ -49,8 +55,10 @@ class TrainingState:
         self._error: BaseException | None = None
 
     def due(self) -> bool:
-        """Whether the interval since the last save (or the start) is over."""
-        return self.clock() - self._saved_at >= self.interval
+        """Whether the interval since the last save (or the start) is over. If so, the time until `save` counts."""
+        now = self.clock()
+        self._asked = now if now - self._saved_at >= self.interval else None
+        return self._asked is not None
 
     def save(self, order: int, write: Callable[[Path], None]) -> None:
         """Store what `write` puts into the folder it is given. `order` grows with every save of the training.
@@ -62,6 +70,9 @@ class TrainingState:
         self._saved_at = self.clock()
         self._thread = threading.Thread(target=self._run, args=(order, write), name="training state", daemon=True)
         self._thread.start()
+        if self._asked is not None:
+            self.waited_seconds += self.clock() - self._asked
+            self._asked = None
 
     def wait(self) -> None:
         """Wait for a save that is under way. Raises the error with which it ended."""
@@ -73,10 +84,13 @@ class TrainingState:
             raise error
 
     def _run(self, order: int, write: Callable[[Path], None]) -> None:
+        started = self.clock()
         try:
             self._save(order, write)
+            self.saved(order)
         except BaseException as error:
             self._error = error  # told by the next `wait`, in the thread of the stage
+        self.background_seconds += self.clock() - started
 
     def _save(self, order: int, write: Callable[[Path], None]) -> None:
         folder = self.scratch / f"state-{order:08d}"
@@ -150,9 +164,15 @@ class TrainingState:
 
     def clear(self) -> None:
         """Remove all states: the stage published its result."""
+        started = self.clock()
         self.wait()
+        self.waited_seconds += self.clock() - started
         for key in self.store.keys(self.prefix):
             self.store.remove(key)
+
+    def costs(self) -> dict[str, float]:
+        """What saving took so far, as curves."""
+        return {WAITED_SECONDS: self.waited_seconds, BACKGROUND_SECONDS: self.background_seconds}
 
     def _orders(self) -> list[int]:
         """Orders of the states whose manifest is there."""
@@ -175,13 +195,15 @@ def _differences(found: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, 
     }
 
 
+def _is_hash(name: str) -> bool:
+    return name == "code" or name.startswith("inputs.")
+
+
 def _told(found: Mapping[str, Any], own: Mapping[str, Any]) -> str:
     """The first few differences, for a person."""
     differences = _differences(found, own)
     told = [
-        f"{name} is another"
-        if name == "code" or name.startswith("inputs.")
-        else f"{name} is {left!r} there, {right!r} here"
+        f"{name} is another" if _is_hash(name) else f"{name} is {left!r} there, {right!r} here"
         for name, (left, right) in list(differences.items())[:_SHOWN]
     ]
     more = len(differences) - len(told)

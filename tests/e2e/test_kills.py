@@ -4,17 +4,24 @@ import random
 
 import pytest
 
-from tests.e2e import kills
+from pipelines.faults import campaign
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+PLAN = campaign.Plan("micro", 0, {"kill": 3})
 
 
 @pytest.fixture(scope="module")
-def quiet(tmp_path_factory):
-    return kills.undisturbed(tmp_path_factory.mktemp("undisturbed"))
+def place():
+    with campaign.scratch() as folder:
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def quiet(place):
+    return campaign.undisturbed(place / "undisturbed", PLAN.profile, PLAN.limit_seconds)
 
 
 @pytest.mark.parametrize("number", range(3))
-def test_a_killed_run_ends_as_if_nothing_had_been(tmp_path, quiet, number):
-    expected, length = quiet
-    assert kills.one(tmp_path, expected, length, random.Random(f"suite/{number}"))["wrong"] == ""
+def test_a_killed_run_ends_as_if_nothing_had_been(place, quiet, number):
+    rng = random.Random(f"suite/{number}")
+    assert campaign.one("kill", place / f"kill-{number}", PLAN, *quiet, rng)["wrong"] == ""

@@ -117,7 +117,7 @@ def test_a_record_of_another_layout_and_of_other_tasks(recorded):
         read_record(place, material)
 
 
-# -- faults put into a place that is known -------------------------------------------------------------------------------
+# -- faults put into a place that is known ---------------------------------------------------------------------
 
 
 def model_with_ties(seed):

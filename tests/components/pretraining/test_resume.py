@@ -49,6 +49,12 @@ class StopsAfter(Progress):
             raise Stopped
 
 
+def learned(stage):
+    """The curves, without what saving the states took."""
+    curves = read_metrics(stage.tracker.directory)
+    return {name: points for name, points in curves.items() if not name.startswith("states/")}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("resume")
@@ -91,7 +97,7 @@ def weights(folder, pointer):
 def undisturbed(folder, tasks):
     made = context(folder, "undisturbed")
     pointer = pretraining.run(CONFIG, made, {"tasks": tasks}).outputs["checkpoint"]
-    return weights(folder, pointer), read_metrics(made.tracker.directory)
+    return weights(folder, pointer), learned(made)
 
 
 def same(first, second):
@@ -107,7 +113,7 @@ def test_stopped_once(folder, tasks, undisturbed, steps):
     pointer = pretraining.run(CONFIG, again, {"tasks": tasks}).outputs["checkpoint"]
     expected_weights, expected_curves = undisturbed
     assert same(weights(folder, pointer), expected_weights)
-    assert read_metrics(again.tracker.directory) == expected_curves
+    assert learned(again) == expected_curves
     assert again.store.keys("training-state") == []
 
 

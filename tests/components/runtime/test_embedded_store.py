@@ -1,10 +1,12 @@
 """SeaweedFS as we start it: loopback, no fixed ports, secrets out of sight, data kept, gone with its parent."""
 
+import json
 import signal
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -43,6 +45,33 @@ def test_loopback_only_no_default_port_and_no_secret_in_the_command_line(tmp_pat
         assert store.secret_key not in command
         assert store.access_key not in command
     assert weed_processes(tmp_path / "data") == []
+
+
+def sockets():
+    return {path for path in Path("/tmp").glob("seaweedfs-*.sock")}
+
+
+def test_nothing_is_left_in_tmp_even_when_its_owner_was_killed(tmp_path):
+    program = (
+        "import sys\nfrom pathlib import Path\nfrom components.runtime.embedded_store import embedded_store\n"
+        "with embedded_store(Path(sys.argv[1]) / 'data', Path(sys.argv[1]) / 'log') as store:\n"
+        "    print(store.endpoint, flush=True)\n    sys.stdin.read()"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    owner = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], **pipes)
+    assert owner.stdout.readline().startswith(b"http://")
+    ports = json.loads((tmp_path / "data" / "ports.json").read_text())
+    own = {path for path in sockets() if any(path.name.endswith(f"-{port}.sock") for port in ports)}
+    assert own
+    owner.send_signal(signal.SIGKILL)
+    owner.wait()
+    psutil.wait_procs(weed_processes(tmp_path / "data"), timeout=10)
+    assert own <= sockets()
+    with embedded_store(tmp_path / "data", tmp_path / "log"):
+        assert not own & sockets()
+        ports = json.loads((tmp_path / "data" / "ports.json").read_text())
+    assert not {path for path in sockets() if any(path.name.endswith(f"-{port}.sock") for port in ports)}
+    assert not (tmp_path / "data" / "ports.json").exists()
 
 
 def test_a_port_that_somebody_took_first_is_chosen_again(tmp_path, monkeypatch):

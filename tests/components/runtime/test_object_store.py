@@ -1,16 +1,23 @@
 """One contract, two stores: a directory and a real SeaweedFS."""
 
+import concurrent.futures
 import hashlib
 import os
 import socket
+import subprocess
+import sys
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import pytest
 
 from components.runtime.embedded_store import free_ports
 from components.runtime.errors import InputError
 from components.runtime.object_store import DirectoryStore, S3Store, key_of, open_store
+from pipelines.faults.gate import Gate
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(params=["directory", "seaweed"])
@@ -84,6 +91,47 @@ def test_a_failed_write_leaves_nothing(tmp_path):
         store.put_file("k", tmp_path / "does-not-exist")
     assert store.keys() == []
     assert [p for p in (tmp_path / "store").rglob("*") if p.is_file()] == []
+
+
+def test_what_a_killed_writer_left_is_swept_and_what_is_being_written_is_not(tmp_path):
+    program = """
+import sys
+from pathlib import Path
+from components.runtime.object_store import DirectoryStore
+with DirectoryStore(Path(sys.argv[1]))._whole("a/b") as path:
+    path.write_bytes(b"half")
+    print("written", flush=True)
+    sys.stdin.read()
+"""
+    store = DirectoryStore(tmp_path / "store")
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    writer = subprocess.Popen([sys.executable, "-c", program, str(store.directory)], cwd=ROOT, **pipes)
+    assert writer.stdout.readline() == b"written\n"
+    assert store.sweep() == 0
+    writer.kill()
+    writer.wait()
+    assert [path.read_bytes() for path in store.directory.rglob(".incomplete-*")] == [b"half"]
+    assert store.keys() == []
+    assert store.sweep() == 1
+    assert list(store.directory.rglob(".incomplete-*")) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["refuses", "hangs"])
+def test_a_store_that_was_there_is_waited_for(seaweed, how):
+    gate = Gate(*seaweed.endpoint.removeprefix("http://").split(":"))
+    store = S3Store(seaweed.uri, f"http://127.0.0.1:{gate.port}", seaweed.access_key, seaweed.secret_key)
+    store.put_bytes("waited", b"1")
+    gate.shut(how)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(store.put_bytes, "waited", b"2")
+        with pytest.raises(TimeoutError):
+            answer.result(timeout=4.0)
+        assert seaweed.get_bytes("waited") == b"1"
+        gate.open()
+        answer.result(timeout=60)
+    assert seaweed.get_bytes("waited") == b"2"
+    gate.close()
 
 
 def test_wrong_credentials_are_an_input_error(seaweed):

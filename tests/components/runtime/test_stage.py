@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from components.runtime import errors
 from components.runtime.contracts import Pointer
-from components.runtime.errors import GateRejected, InputError
+from components.runtime.errors import GateRejected, InputError, disk_errors
 from components.runtime.settings import Settings
 from components.runtime.stage import StageResult, execute, parse_config, read_pointer, read_yaml
 
@@ -147,3 +147,15 @@ def test_a_stage_by_hand_refuses_bad_input_in_one_message(tmp_path, document, en
     assert told in done.stderr
     assert "Traceback" not in done.stderr
     assert not list((tmp_path / "runs").rglob("manifest.json"))
+
+
+@pytest.mark.parametrize(
+    "text", ["(sqlite3.OperationalError) database or disk is full", "I/O error: No space left on device (os error 28)"]
+)
+def test_a_full_disk_is_told_whichever_library_meets_it(tmp_path, text):
+    error = RuntimeError("the library's own words")
+    error.__context__ = ValueError(text)
+    with pytest.raises(InputError, match=f"the disk is full at {tmp_path}; free some"), disk_errors(tmp_path):
+        raise error
+    with pytest.raises(KeyError), disk_errors(tmp_path):
+        raise KeyError("something else")

@@ -1,0 +1,1 @@
+"""Faults on purpose: real runs are disturbed, started again, and compared with an undisturbed one."""
