@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -351,10 +353,18 @@ def _sigterm(number: int, frame: Any) -> None:
     raise KeyboardInterrupt
 
 
+def _check_text(arguments: Sequence[str]) -> None:
+    """Raises InputError for an argument that is no text: bytes that are not UTF-8 come as lone surrogates."""
+    for argument in arguments:
+        if any(character == "\0" or "\ud800" <= character <= "\udfff" for character in argument):
+            raise InputError(f"the argument {argument!r} holds bytes that are no text in UTF-8")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: exit code 0, 1 fault, 2 bad input, 3 rejected by the gate, 130 stopped."""
     signal.signal(signal.SIGTERM, _sigterm)
     try:
+        _check_text(sys.argv[1:] if arguments is None else arguments)
         code = app(arguments, standalone_mode=False)
     except InputError as error:
         print(f"sparseline: {error}", file=sys.stderr)
@@ -365,6 +375,9 @@ def main(arguments: list[str] | None = None) -> None:
     except typer.Exit as error:
         sys.exit(error.exit_code)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            print(f"sparseline: {str(error.filename)[:60]}...: a file name of this length cannot be", file=sys.stderr)
+            sys.exit(errors.EXIT_INPUT)
         show = getattr(error, "show", None)
         if show is not None:  # wrong use of an option: click's own message
             show()

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 class EvaluationConfig(BaseModel):
     """How much is played and read. The tasks, documents and their seeds are the same for every model."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     pairs: int = Field(default=500, ge=2, description="held-out tasks per family, played by both models")
     separate: list[str] = Field(
@@ -45,7 +45,7 @@ class EvaluationConfig(BaseModel):
 class ChampionConfig(BaseModel):
     """How the champion is played; what is played follows from the candidate's records."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     max_sequences: int = Field(default=256, ge=1, description="episodes that the engine plays at once")
     threads: int = Field(default=0, ge=0, description="CPU threads of torch; 0 = all cores of the process")

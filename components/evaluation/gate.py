@@ -20,7 +20,7 @@ VERDICT_FILE = "verdict.json"
 class GateConfig(BaseModel):
     """The gate's bounds."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     family_margin: float = Field(
         0.05,

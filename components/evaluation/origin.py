@@ -25,7 +25,7 @@ SEEDS = 1 << 31
 class OriginConfig(BaseModel):
     """What the fresh seed follows from."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     occasion: str = Field(default="", description="any text; empty: the run's id, so that every run is another")
 

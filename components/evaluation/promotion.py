@@ -17,7 +17,7 @@ from components.runtime.stage import StageContext, StageResult
 class PromotionConfig(BaseModel):
     """Nothing to set: the name of the registered model is a setting of the surroundings."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 def run(config: PromotionConfig, context: StageContext, inputs: dict[str, Pointer]) -> StageResult:

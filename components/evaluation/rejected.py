@@ -13,7 +13,7 @@ from components.runtime.stage import StageContext, StageResult
 class RejectedConfig(BaseModel):
     """Nothing to set."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 def run(config: RejectedConfig, context: StageContext, inputs: dict[str, Pointer]) -> StageResult:

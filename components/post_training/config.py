@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 class AlarmConfig(BaseModel):
     """When a run counts as collapsed and is stopped. Means over the last `patience` steps are compared."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     patience: int = Field(5, ge=1, description="steps whose mean is compared with a threshold")
     entropy_low: float = Field(1e-4, ge=0, description="nats per sampled token; the mean entropy must not fall below")
@@ -26,7 +26,7 @@ class AlarmConfig(BaseModel):
 class PostTrainingConfig(BaseModel):
     """GRPO as in arXiv 2512.02556, section 3.1. The paper publishes no values; these are ours for the nano profile."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     families: list[str] = Field(
         [], description="environments whose tasks are trained and validated on; empty: all in the task set"

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 class PhaseConfig(BaseModel):
     """One phase. Rates are per optimiser step; a step sees about `demonstration_tokens` + `document_tokens` tokens."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     steps: int = Field(ge=0, description="optimiser steps")
     demonstration_tokens: int = Field(2000, ge=1, description="tokens of demonstrations per step")
@@ -26,7 +26,7 @@ class PhaseConfig(BaseModel):
 class PretrainingConfig(BaseModel):
     """Dense base (only without a base checkpoint), indexer warm-up (Eq. 3), sparse training (Eq. 4)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     model: str = Field("nano", description="preset in model/presets, used where no base checkpoint is given")
     dense: PhaseConfig = PhaseConfig(

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 class ServingConfig(BaseModel):
     """What the check serves and plays."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     source: Literal["champion", "checkpoint"] = Field(
         default="champion", description="serve models:/NAME@champion, or the checkpoint that is given, by its folder"

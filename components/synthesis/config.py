@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 class SynthesisConfig(BaseModel):
     """How much of what is generated. All randomness follows from the run's seed."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     environments: list[str] = Field(
         default=["kg_query"], min_length=1, description="names of installed environment families"
