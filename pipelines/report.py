@@ -19,6 +19,7 @@ from pipelines.summary import key_numbers, look_up
 from pipelines.watch import RunWatch
 
 TRAINING = ("pretraining", "post_training")
+COST_HEADER = ["stage", "core seconds", "GPU seconds", "peak memory, GB", "read from the store, MB", "written, MB"]
 
 
 def write(directory: Path, summary: Mapping[str, Any], watch: RunWatch, store: ObjectStore) -> Path:
@@ -37,6 +38,9 @@ def write(directory: Path, summary: Mapping[str, Any], watch: RunWatch, store: O
         for stage in summary["stages"]
     ]
     parts += ["<h2>Stages</h2>", html_table(["stage", "time", "key numbers"], rows, numbers=[1])]
+    costs = [cost_row(stage["name"], stage["cost"]) for stage in summary["stages"] if stage.get("cost")]
+    if costs:
+        parts += ["<h2>Cost</h2>", html_table(COST_HEADER, costs, numbers=[1, 2, 3, 4, 5])]
     families = look_up(evaluation, "pass_at_1.families")
     if families:
         told = [family_row(name, rates) for name, rates in families.items()]
@@ -50,6 +54,18 @@ def write(directory: Path, summary: Mapping[str, Any], watch: RunWatch, store: O
         parts += [f"<h2>An episode ({html.escape(stage)})</h2>", f"<pre>{html.escape(text)}</pre>"]
     lead = f"{summary['profile']}, seed {summary['seed']}: {summary['status']}, {duration(summary['wall_seconds'])}"
     return write_page(directory / "report.html", f"Sparseline run {summary['run_id']}", parts, lead=lead)
+
+
+def cost_row(stage: str, cost: Mapping[str, float]) -> list[str]:
+    """What a stage cost when it ran, as a row under `COST_HEADER`."""
+    return [
+        stage,
+        f"{cost['core_seconds']:.1f}",
+        f"{cost['gpu_seconds']:.1f}",
+        f"{cost['peak_memory_bytes'] / 1e9:.2f}",
+        f"{cost['bytes_read'] / 1e6:.1f}",
+        f"{cost['bytes_written'] / 1e6:.1f}",
+    ]
 
 
 def read_evaluation(watch: RunWatch, store: ObjectStore) -> dict[str, Any]:

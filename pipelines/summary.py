@@ -83,6 +83,7 @@ def summarise(
                 "cached": view.state == "cached",
                 "state": view.state,
                 "work_seconds": view.record.get("seconds"),
+                "cost": view.record.get("cost", {}),
                 "summary": view.record.get("summary", {}),
             }
         )

@@ -42,7 +42,7 @@ class Progress:
         self._phase_start = self._start
         self._last_event = self._last_line = float("-inf")
         self._first_step: int | None = None
-        self._last_step = 0
+        self._last_step = self._total = 0
         self._phase = ""
 
     def _write(self, event: dict[str, object]) -> None:
@@ -56,7 +56,7 @@ class Progress:
 
     def phase(self, name: str) -> None:
         """A new part of the stage begins; steps count from 0 again."""
-        self._phase, self._first_step, self._last_step = name, None, 0
+        self._phase, self._first_step, self._last_step, self._total = name, None, 0, 0
         self._last_event = self._last_line = float("-inf")
         self._write({"kind": "phase", "name": name})
         self._print(name)
@@ -67,7 +67,7 @@ class Progress:
         if self._first_step is None or step < self._last_step:
             # The rate counts from the first step that is reported: what came before it was preparation.
             self._first_step, self._phase_start = step, now
-        self._last_step = step
+        self._last_step, self._total = step, total
         rate, left = rate_and_left(step - self._first_step, total - self._first_step, now - self._phase_start)
         last = step >= total
         if last or now - self._last_event >= INTERVAL_SECONDS:
@@ -82,6 +82,10 @@ class Progress:
             shown = " ".join(f"{name}={value:.4g}" for name, value in (values or {}).items())
             remaining = f", {left:.0f} s left" if left != float("inf") else ""
             self._print(f"{self._phase} {step}/{total} ({rate:.3g}/s{remaining}) {shown}".strip())
+
+    def place(self) -> tuple[str, int, int]:
+        """Phase, steps done in it, and its steps in all. May be called from another thread."""
+        return self._phase, self._last_step, self._total
 
     def episode(self, text: str) -> None:
         """An episode that the model just played, as text."""

@@ -10,6 +10,7 @@
 | MLFLOW_TRACKING_URI | MLflow (default: `mlflow.db`, SQLite, in the runs folder) |
 | SPARSELINE_MODEL | name of the registered model (default `sparseline`) |
 | MLFLOW_RUN_ID | the MLflow run to resume (KFP sets it) |
+| SPARSELINE_METRICS_PORT | port of a Prometheus endpoint of the running stage (default: none) |
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from components.runtime.errors import InputError
 from components.runtime.object_store import ObjectStore, open_store
 
 # Nobody is told what runs here: MLflow's and Ray's usage reporting stay off unless the user turns them on.
@@ -43,6 +45,7 @@ class Settings(BaseModel):
     tracking_uri: str = Field(description="MLflow tracking URI")
     mlflow_run_id: str = Field(default="", description="MLflow run to resume; empty: create one")
     model: str = Field(default="sparseline", description="name of the registered model")
+    metrics_port: int = Field(default=0, ge=0, le=65535, description="of a stage's Prometheus endpoint; 0: none")
     mirrored: bool = Field(default=False, description="our parent carries our records into MLflow")
 
     @staticmethod
@@ -60,6 +63,7 @@ class Settings(BaseModel):
             tracking_uri=environment.get("MLFLOW_TRACKING_URI") or f"sqlite:///{runs / 'mlflow.db'}",
             mlflow_run_id=environment.get("MLFLOW_RUN_ID") or "",
             model=environment.get("SPARSELINE_MODEL") or "sparseline",
+            metrics_port=_port(environment.get("SPARSELINE_METRICS_PORT") or "0"),
             mirrored=environment.get("SPARSELINE_MIRRORED") == "1",
         )
 
@@ -76,6 +80,7 @@ class Settings(BaseModel):
             "MLFLOW_TRACKING_URI": self.tracking_uri,
             "MLFLOW_RUN_ID": self.mlflow_run_id,
             "SPARSELINE_MODEL": self.model,
+            "SPARSELINE_METRICS_PORT": str(self.metrics_port or ""),
             "SPARSELINE_MIRRORED": "1" if self.mirrored else "",
         }
         return {name: value for name, value in values.items() if value} | NO_USAGE_REPORTING
@@ -93,6 +98,12 @@ class Settings(BaseModel):
     def stage_directory(self, stage: str) -> Path:
         """Where a stage of this run keeps its records: `<runs>/<run id>/stages/<stage>`."""
         return self.runs / self.run_id / "stages" / stage
+
+
+def _port(text: str) -> int:
+    if not text.isdigit() or int(text) > 65535:
+        raise InputError(f"SPARSELINE_METRICS_PORT is {text!r}; give a port, 1 to 65535, or leave it away")
+    return int(text)
 
 
 def new_run_id(now: datetime | None = None) -> str:

@@ -29,7 +29,9 @@ from pydantic import BaseModel, ValidationError
 
 from components.runtime import artifacts, errors
 from components.runtime.contracts import Pointer
+from components.runtime.cost import Meter
 from components.runtime.errors import InputError, disk_errors
+from components.runtime.exporter import exported
 from components.runtime.object_store import ObjectStore
 from components.runtime.processes import die_with_owner
 from components.runtime.progress import Progress
@@ -143,7 +145,7 @@ def execute(
         for old in ("summary.json", "failure.json"):
             (directory / old).unlink(missing_ok=True)
         (directory / "work").mkdir(parents=True, exist_ok=True)
-    started = time.monotonic()
+    started, meter = time.monotonic(), Meter()
     progress = Progress(directory / "progress.jsonl", stage=stage, echo=echo)
     tracker = Tracker(directory)
     sink = None
@@ -153,15 +155,19 @@ def execute(
             parsed = parse_config(_load(config_reference), config_values, where)
             function: StageFunction = _load(run_reference)
             ids = {"mlflow": settings.mlflow_run_id} if settings.mlflow_run_id else {}
+            store = meter.watch(settings.open_store())
             context = StageContext(
-                stage, settings.run_id, seed, directory / "work", settings.open_store(), tracker, progress, ids, code
+                stage, settings.run_id, seed, directory / "work", store, tracker, progress, ids, code
             )
             tracker.parameters({"seed": seed, **parsed.model_dump(mode="json")})
             if not settings.mirrored:
                 from components.runtime.mlflow_sink import StageSink
 
                 sink = StageSink(settings, stage)
-            result = function(parsed, context, inputs)
+            with exported(settings.metrics_port, settings.run_id, stage, progress, tracker):
+                result = function(parsed, context, inputs)
+            cost = meter.cost()
+            tracker.metrics({f"cost/{name}": value for name, value in cost.items()}, 0)
             seconds = round(time.monotonic() - started, 3)
             record = {
                 "stage": stage,
@@ -169,6 +175,7 @@ def execute(
                 "seconds": seconds,
                 "outputs": {name: pointer.model_dump() for name, pointer in result.outputs.items()},
                 "summary": result.summary,
+                "cost": cost,
             }
             write_json(directory / "summary.json", record)
             shutil.rmtree(directory / "work", ignore_errors=True)

@@ -27,6 +27,7 @@ class Tracker:
         self.directory = directory
         self._metrics = (directory / METRICS).open("a", buffering=1) if directory else None
         self._events = (directory / EVENTS).open("a", buffering=1) if directory else None
+        self._newest: dict[str, float] = {}
 
     def metric(self, name: str, value: float, step: int) -> None:
         """One point of the curve `name`."""
@@ -34,6 +35,7 @@ class Tracker:
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """One point of each curve in `values` at `step`."""
+        self._newest.update(values)
         if self._metrics:
             seconds = round(time.monotonic() - self._start, 3)
             lines = [
@@ -41,6 +43,10 @@ class Tracker:
                 for name, value in values.items()
             ]
             self._metrics.write("".join(line + "\n" for line in lines))
+
+    def newest(self) -> dict[str, float]:
+        """The last point of each curve. May be called from another thread."""
+        return dict(self._newest)
 
     def history(self) -> str:
         """All points so far, to be kept with a training state."""
