@@ -34,6 +34,7 @@ SETTING_NAMES = (
     "SPARSELINE_STORE", "SPARSELINE_S3_ENDPOINT", "AWS_REGION", "MLFLOW_TRACKING_URI", "MLFLOW_DISABLE_TELEMETRY",
     "DO_NOT_TRACK", "RAY_USAGE_STATS_ENABLED",
 )  # fmt: skip
+METRICS_PORT = "9464"  # where a running stage shows its curves to Prometheus
 PROXY_NAMES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 
 
@@ -96,8 +97,16 @@ def prepare(resources: dict[str, TaskResources], model: str) -> Callable[[str, A
             task.set_retry(num_retries=wanted.retries, backoff_duration="30s", backoff_factor=2.0)
         if not re.search(r"@sha256:[0-9a-f]{64}$", IMAGE):
             task.set_caching_options(False)  # a tag does not tell which code made a cached result
-        for name, value in {"HOME": "/tmp", "SPARSELINE_RUNS": "/tmp/runs", "SPARSELINE_MODEL": model}.items():
+        own = {
+            "HOME": "/tmp",
+            "SPARSELINE_RUNS": "/tmp/runs",
+            "SPARSELINE_MODEL": model,
+            "SPARSELINE_METRICS_PORT": METRICS_PORT,
+        }
+        for name, value in own.items():
             task.set_env_variable(name, value)
+        kubernetes.add_pod_annotation(task, "prometheus.io/scrape", "true")
+        kubernetes.add_pod_annotation(task, "prometheus.io/port", METRICS_PORT)
         kubernetes.use_config_map_as_env(task, SETTINGS, {name: name for name in SETTING_NAMES})
         kubernetes.use_config_map_as_env(task, SETTINGS, {name: name for name in PROXY_NAMES}, optional=True)
         keys = {"accesskey": "AWS_ACCESS_KEY_ID", "secretkey": "AWS_SECRET_ACCESS_KEY"}
