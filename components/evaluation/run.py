@@ -19,7 +19,7 @@ from components.evaluation.page import write_evaluation_page
 from components.evaluation.play import Item, Player, logprob_gap, play, write_items
 from components.evaluation.report import ITEMS_FILE, CrossEntropy, EvaluationReport, IndexerRecall
 from components.rollouts import EpisodeResult
-from components.rollouts.loop import transcript
+from components.rollouts.loop import episode_trace, transcript
 from components.runtime.contracts import Document, Pointer, TaskRecord
 from components.runtime.stage import StageContext, StageResult
 from components.runtime.task_set import read_documents, read_long_tasks, read_tasks
@@ -136,6 +136,8 @@ class _Games:
             self.context.progress.update(done, total, {"pass@1": passed / done})
             if done % 50 == 1:
                 self.context.progress.episode(transcript(result))
+            if done % 500 == 1:
+                self.context.tracker.trace(episode_trace(result))
 
         return show
 

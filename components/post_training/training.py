@@ -19,7 +19,7 @@ from components.post_training.schedule import Pool
 from components.post_training.trainer import Learner
 from components.post_training.validation import validate
 from components.post_training.worker import PlayedGroup, RolloutWorker
-from components.rollouts.loop import transcript
+from components.rollouts.loop import episode_trace, transcript
 from components.runtime.contracts import TaskRecord
 from components.runtime.errors import InputError
 from components.runtime.stage import StageContext
@@ -96,6 +96,8 @@ def train(
             # which one is shown must not move the numbers that training draws
             shown_episode = random.Random(f"{context.seed}/shown/{step}").choice(episodes)
             context.progress.episode(transcript(shown_episode))
+            if (step + 1) % config.validation_every == 0 or step + 1 == config.steps:
+                context.tracker.trace(episode_trace(shown_episode))
         if stopped:
             context.progress.note(f"stopped by the alarm {stopped}; the best weights so far are kept")
             break

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from components.environments.protocol import Environment, Verdict
 from components.rollouts.guard import GuardedEpisode
@@ -21,11 +23,25 @@ class EpisodeRequest:
     seed: int
 
 
+@dataclass(frozen=True)
+class Span:
+    """A part of an episode: `kind` is generation (a turn), tool (a call), or environment (`name` reset or verdict).
+
+    Times are nanoseconds since the epoch. A turn is generated beside those of other episodes.
+    """
+
+    kind: Literal["generation", "tool", "environment"]
+    name: str
+    start: int
+    end: int
+
+
 @dataclass
 class EpisodeResult:
     """One finished episode. `ended` says how: submitted, no_call, malformed, turns, tokens, fault.
 
     fault: what the environment did wrong (see components.rollouts.guard), or ""; the reward is 0 then.
+    spans: its parts in order, one for each assistant message and each call that was answered among them.
     """
 
     task: TaskRecord
@@ -37,6 +53,7 @@ class EpisodeResult:
     tool_errors: int
     ended: str
     fault: str = ""
+    spans: list[Span] = field(default_factory=list)
 
 
 @dataclass
@@ -46,6 +63,12 @@ class _Play:
     messages: list[Message] = field(default_factory=list)
     turns: int = 0
     tool_errors: int = 0
+    waits_since: int = 0  # for its turn
+    spans: list[Span] = field(default_factory=list)
+
+    def took(self, kind: Literal["generation", "tool", "environment"], name: str, start: int) -> None:
+        self.waits_since = time.time_ns()
+        self.spans.append(Span(kind, name, start, self.waits_since))
 
 
 def run_episodes(
@@ -61,18 +84,22 @@ def run_episodes(
     """
     plays: dict[int, _Play] = {}
     for index, request in enumerate(requests):
-        task = request.task
+        task, started = request.task, time.time_ns()
         episode = GuardedEpisode(request.environment, task, call_seconds)
         plays[index] = _Play(request, episode, list(task.messages))
+        plays[index].took("environment", "reset", started)
         policy.begin(index, task.messages, task.tools, task.limits, request.seed)
     results: dict[int, EpisodeResult] = {}
     while len(results) < len(plays):
         for turn in policy.poll():
             play = plays[turn.episode]
+            play.took("generation", f"turn {play.turns + 1}", play.waits_since)
             ended = _take_turn(policy, turn.episode, play, turn.message)
             if not ended:
                 continue
+            judged = time.time_ns()
             verdict = play.episode.verdict()
+            play.took("environment", "verdict", judged)
             if play.episode.fault:
                 ended = "fault"
             result = EpisodeResult(
@@ -85,6 +112,7 @@ def run_episodes(
                 tool_errors=play.tool_errors,
                 ended=ended if ended != "malformed" or not turn.error else f"malformed: {turn.error}",
                 fault=play.episode.fault,
+                spans=play.spans,
             )
             results[turn.episode] = result
             if on_episode:
@@ -102,7 +130,9 @@ def _take_turn(policy: Policy, index: int, play: _Play, message: Message | None)
         return "no_call"
     replies = []
     for call in message.tool_calls:
+        called = time.time_ns()
         observation = play.episode.step(call)
+        play.took("tool", call.name, called)
         play.tool_errors += observation.is_error
         replies.append(Message(role="tool", content=observation.content))
         if observation.done:
@@ -123,3 +153,28 @@ def transcript(result: EpisodeResult) -> str:
         )
         lines.append(f"  {message.role:>9}  {' '.join(part for part in (message.content, calls) if part)}")
     return "\n".join(lines)
+
+
+def episode_trace(result: EpisodeResult) -> dict[str, Any]:
+    """The episode with its parts and their times, in plain values, for `Tracker.trace`."""
+    replies = iter([message for message in result.messages if message.role == "tool"])
+    written = iter([message for message in result.messages if message.role == "assistant"])
+    calls = iter([call for message in result.messages for call in message.tool_calls])
+    spans = []
+    for span in result.spans:
+        values: dict[str, Any] = {"kind": span.kind, "name": span.name, "start": span.start, "end": span.end}
+        if span.kind == "generation" and (message := next(written, None)) is not None:
+            values["outputs"] = message.model_dump(mode="json", exclude_defaults=True)
+        if span.kind == "tool" and (call := next(calls, None)) is not None:
+            reply = next(replies, None)
+            values |= {"inputs": call.arguments, "outputs": reply.content if reply else ""}
+        if span.name == "verdict":
+            values["outputs"] = {"reward": float(result.verdict.reward), "reason": result.verdict.reason}
+        spans.append(values)
+    return {
+        "name": result.task.environment,
+        "inputs": [message.model_dump(mode="json", exclude_defaults=True) for message in result.task.messages],
+        "outputs": {"reward": float(result.verdict.reward), "reason": result.verdict.reason, "ended": result.ended},
+        "tags": {"task": result.task.id, "template": result.task.template, "seed": str(result.seed)},
+        "spans": spans,
+    }

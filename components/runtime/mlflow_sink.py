@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 EXPERIMENT = "sparseline"
 CANDIDATE_STAGE = "post_training"  # the stage whose checkpoint is what a run wants to promote
+SPAN_TYPES = {"generation": "LLM", "tool": "TOOL", "environment": "CHAIN"}  # MLflow's names
 BATCH = 1000  # metrics in one call: MLflow's limit
 PARENT_TAG, STAGE_TAG, RUN_TAG, NAME_TAG = "mlflow.parentRunId", "sparseline.stage", "sparseline.run", "mlflow.runName"
 
@@ -69,7 +70,7 @@ class StageMirror:
     ) -> None:
         directory = settings.stage_directory(stage)
         self.client, self.settings, self.stage, self.run_id = client, settings, stage, mlflow_run_id
-        self.experiment = experiment
+        self.experiment, self._traced = experiment, False
         self._metrics, self._events = Lines(directory / METRICS), Lines(directory / EVENTS)
 
     def pump(self) -> None:
@@ -89,6 +90,8 @@ class StageMirror:
                 self.client.log_artifact(self.run_id, event["path"])
             elif event["kind"] == "model":
                 self._model(Pointer.model_validate(event["pointer"]), event["facts"])
+            elif event["kind"] == "trace":
+                self._trace(event["episode"])
 
     def _parameters(self, values: dict[str, Any]) -> None:
         from mlflow.entities import Param
@@ -113,10 +116,46 @@ class StageMirror:
             version = registry.register(pointer, run_id=self.run_id, model_id=model.model_id)
             registry.set_alias(CANDIDATE, version.version)
 
+    def _trace(self, episode: dict[str, Any]) -> None:
+        """An episode as an MLflow trace: a root span, and one for each turn, call, reset and verdict."""
+        import mlflow
+
+        mlflow.set_tracking_uri(self.settings.tracking_uri)  # traces go where the process says, not the client
+        spans = episode["spans"]
+        root = self.client.start_trace(
+            episode["name"],
+            span_type="AGENT",
+            inputs=episode["inputs"],
+            tags={STAGE_TAG: self.stage, **{f"sparseline.{name}": value for name, value in episode["tags"].items()}},
+            experiment_id=self.experiment,
+            start_time_ns=spans[0]["start"],
+            run_id=self.run_id,
+        )
+        for span in spans:
+            made = self.client.start_span(
+                span["name"],
+                root.trace_id,
+                root.span_id,
+                span_type=SPAN_TYPES[span["kind"]],
+                inputs=span.get("inputs"),
+                start_time_ns=span["start"],
+            )
+            self.client.end_span(root.trace_id, made.span_id, outputs=span.get("outputs"), end_time_ns=span["end"])
+        self.client.end_trace(root.trace_id, outputs=episode["outputs"], end_time_ns=spans[-1]["end"])
+        self._traced = True
+
     def finish(self, status: str) -> None:
         """Carry the rest and end the MLflow run: FINISHED, FAILED or KILLED."""
-        self.pump()
+        self.carry_rest()
         self.client.set_terminated(self.run_id, status)
+
+    def carry_rest(self) -> None:
+        """Carry what is new, and wait until the traces have arrived."""
+        self.pump()
+        if self._traced:
+            import mlflow
+
+            mlflow.flush_trace_async_logging()
 
 
 class StageSink:
@@ -168,6 +207,6 @@ class StageSink:
                 return
             raise self._error
         if self.resumed:
-            self.mirror.pump()
+            self.mirror.carry_rest()
         else:
             self.mirror.finish("FAILED" if failed else "FINISHED")

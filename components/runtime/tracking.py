@@ -79,6 +79,10 @@ class Tracker:
         """A checkpoint that was published: becomes an MLflow LoggedModel with pointer and sha256."""
         self._event("model", pointer=pointer.model_dump(), facts=dict(facts))
 
+    def trace(self, episode: Mapping[str, Any]) -> None:
+        """A played episode with its parts and their times (`components.rollouts.loop.episode_trace`)."""
+        self._event("trace", episode=dict(episode))
+
     def close(self) -> None:
         for stream in (self._metrics, self._events):
             if stream:

@@ -20,7 +20,7 @@ from typing import Any
 
 from components.environments.protocol import environment
 from components.rollouts import EpisodeRequest, EpisodeResult, OpenAIPolicy, run_episodes
-from components.rollouts.loop import transcript
+from components.rollouts.loop import episode_trace, transcript
 from components.runtime import processes
 from components.runtime.contracts import Pointer, TaskRecord
 from components.runtime.errors import EXIT_INPUT, InputError
@@ -48,6 +48,7 @@ def run(config: ServingConfig, context: StageContext, inputs: dict[str, Pointer]
         results.append(result)
         context.progress.update(len(results), len(tasks))
         context.progress.episode(transcript(result))
+        context.tracker.trace(episode_trace(result))
 
     with serve(model, settings, context.work_dir, config.start_seconds) as (url, name):
         started, tokens = time.monotonic(), 0

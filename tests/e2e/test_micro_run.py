@@ -154,6 +154,9 @@ def test_mlflow_has_the_hierarchy_the_curves_and_the_models(runs, accepted):
     curves = [name for name in trained[0].data.metrics if name.startswith("dense/") and "loss" in name]
     assert curves
     assert len(client.get_metric_history(trained[0].info.run_id, curves[0])) > 1
+    traces = client.search_traces(locations=[experiment.experiment_id])
+    assert {trace.info.tags["sparseline.stage"] for trace in traces} == {"post_training", "evaluation", "serving"}
+    assert all({"reset", "turn 1", "verdict"} <= {span.name for span in trace.data.spans} for trace in traces)
     models = client.search_logged_models([experiment.experiment_id])
     assert sorted(model.tags["sparseline.stage"] for model in models) == ["post_training", "pretraining"]
     assert all(len(model.tags["sha256"]) == 64 for model in models)

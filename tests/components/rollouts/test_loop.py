@@ -6,6 +6,7 @@ from tokenizers import Tokenizer
 from components.environments.chat_format import END, SPECIAL_WORDS, UNKNOWN, conversation_words
 from components.environments.protocol import environment
 from components.rollouts import EnginePolicy, EpisodeRequest, run_episodes
+from components.rollouts.loop import episode_trace
 from components.rollouts.policies import PolicyTurn
 from components.runtime.contracts import Message
 from model import ModelConfig, Transformer
@@ -111,3 +112,21 @@ def test_the_trajectory_is_the_conversation(family, tasks):
         assert result.trajectory.sampled.tolist() == written
         assert result.messages[:-1] == messages[:-1]
     assert engine.live == 0
+
+
+def test_a_trace_tells_every_turn_every_call_and_when(family, tasks):
+    task = max(tasks, key=lambda task: len(task.solution))
+    (result,) = run_episodes(Scripted([turns(task.solution)]), [EpisodeRequest(family, task, 5)])
+    trace = episode_trace(result)
+    spans = trace["spans"]
+    calls = [call.name for call in task.solution]
+    expected = ["reset", *(name for n, call in enumerate(calls, 1) for name in (f"turn {n}", call)), "verdict"]
+    assert [span["name"] for span in spans] == expected
+    times = [time for span in spans for time in (span["start"], span["end"])]
+    assert times == sorted(times)
+    told = [span for span in spans if span["kind"] == "tool"]
+    assert [span["inputs"] for span in told] == [call.arguments for call in task.solution]
+    replies = [message.content for message in result.messages if message.role == "tool"]
+    assert [span["outputs"] for span in told][: len(replies)] == replies
+    assert trace["outputs"] == {"reward": 1.0, "reason": result.verdict.reason, "ended": "submitted"}
+    assert trace["tags"] == {"task": task.id, "template": task.template, "seed": "5"}

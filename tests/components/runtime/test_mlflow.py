@@ -40,6 +40,15 @@ def record(settings, stage, points):
     tracker.artifact(page)
     page.unlink()  # as the scratch folder of a stage that has ended
     tracker.model(checkpoint("a"), {"steps": points})
+    parts = [("environment", "reset"), ("generation", "turn 1"), ("tool", "search"), ("environment", "verdict")]
+    spans = [
+        {"kind": kind, "name": name, "start": 10**18 + n * 10**9, "end": 10**18 + (n + 1) * 10**9}
+        for n, (kind, name) in enumerate(parts)
+    ]
+    spans[2] |= {"inputs": {"entity": "Orin"}, "outputs": "nothing"}
+    tracker.trace(
+        {"name": "kg_query", "inputs": ["who?"], "outputs": {"reward": 1.0}, "tags": {"seed": "3"}, "spans": spans}
+    )
     tracker.close()
 
 
@@ -56,6 +65,18 @@ def test_a_stage_becomes_a_nested_run_with_curves_artifacts_and_a_candidate(sett
     history = client.get_metric_history(run.info.run_id, "loss")
     assert sorted((point.step, point.value) for point in history) == [(s, 1.0 / (s + 1)) for s in range(2503)]
     assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["page.html"]
+
+    (trace,) = client.search_traces(locations=[experiment], run_id=run.info.run_id)
+    assert trace.info.execution_duration == 4000  # ms
+    assert trace.info.tags["sparseline.seed"] == "3"
+    root, *spans = trace.data.spans
+    assert root.inputs == ["who?"]
+    assert root.outputs == {"reward": 1.0}
+    told = [(span.name, span.span_type, span.end_time_ns - span.start_time_ns) for span in spans]
+    types = [("reset", "CHAIN"), ("turn 1", "LLM"), ("search", "TOOL"), ("verdict", "CHAIN")]
+    assert told == [(name, type_, 10**9) for name, type_ in types]
+    assert (spans[2].inputs, spans[2].outputs) == ({"entity": "Orin"}, "nothing")
+    assert {span.parent_id for span in spans} == {root.span_id}
 
     (model,) = client.search_logged_models([experiment])
     assert model.tags["sha256"] == "a" * 64
