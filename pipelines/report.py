@@ -12,7 +12,7 @@ from components.evaluation.page import FAMILY_HEADER, compute_curve_figures, eva
 from components.runtime.contracts import Pointer
 from components.runtime.curves import curve_figures
 from components.runtime.object_store import ObjectStore, key_of
-from components.runtime.report import html_table, line_figure, tiles, write_page
+from components.runtime.report import html_table, line_figure, text_block, tiles, write_page
 from components.runtime.tracking import read_metrics
 from pipelines.display import duration
 from pipelines.summary import key_numbers, look_up
@@ -51,7 +51,7 @@ def write(directory: Path, summary: Mapping[str, Any], watch: RunWatch, store: O
         parts += ["<h2>Gate</h2>", html_table(["", "rule", "numbers"], told)]
     if watch.episode:
         stage, text = watch.episode
-        parts += [f"<h2>An episode ({html.escape(stage)})</h2>", f"<pre>{html.escape(text)}</pre>"]
+        parts += [f"<h2>An episode ({html.escape(stage)})</h2>", text_block(text)]
     lead = f"{summary['profile']}, seed {summary['seed']}: {summary['status']}, {duration(summary['wall_seconds'])}"
     return write_page(directory / "report.html", f"Sparseline run {summary['run_id']}", parts, lead=lead)
 

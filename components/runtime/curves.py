@@ -14,8 +14,9 @@ GROUPS = (
 
 
 def curve_figures(title: str, curves: Mapping[str, Sequence[tuple[int, float]]]) -> list[str]:
-    """Loss, KL and reward of a stage, as far as it recorded them."""
-    joined, phases = one_axis(curves)
+    """Loss, KL and reward of a stage, as far as it recorded them. What else it recorded (its cost) makes no phase."""
+    shown = {name.partition("/")[0] for name in curves if any(is_about(name, words) for _, words, _ in GROUPS)}
+    joined, phases = one_axis({name: points for name, points in curves.items() if name.partition("/")[0] in shown})
     figures = []
     for label, words, unit in GROUPS:
         chosen = {name: points for name, points in joined.items() if is_about(name, words)}

@@ -29,6 +29,7 @@ h1 { font-size: 1.5rem; margin: 0 0 .3rem } h2 { font-size: 1.15rem; margin: 2.2
 p.lead { color: var(--soft); margin: 0 0 1.4rem }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .92rem }
 th, td { text-align: left; padding: .35rem .7rem .35rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
+.wide { overflow-x: auto }
 td.number, th.number { text-align: right }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(10.5rem, 1fr)); gap: .8rem }
 .tile { background: var(--card); border-radius: .5rem; padding: .7rem .9rem }
@@ -192,12 +193,18 @@ def html_table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: Se
         )
 
     body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
-    return f"<table><thead><tr>{cells(header, 'th')}</tr></thead><tbody>{body}</tbody></table>"
+    table = f"<table><thead><tr>{cells(header, 'th')}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="wide" tabindex="0">{table}</div>'
+
+
+def text_block(text: str) -> str:
+    """Text as it stands, in a box that scrolls, also by the keyboard."""
+    return f'<pre tabindex="0">{html.escape(text)}</pre>'
 
 
 def side_by_side(left: str, right: str) -> str:
     """Two texts beside each other, one above the other on a narrow screen."""
-    return f'<div class="pair"><pre>{html.escape(left)}</pre><pre>{html.escape(right)}</pre></div>'
+    return f'<div class="pair">{text_block(left)}{text_block(right)}</div>'
 
 
 def write_page(path: Path, title: str, parts: Sequence[str], *, lead: str = "") -> Path:
@@ -207,8 +214,8 @@ def write_page(path: Path, title: str, parts: Sequence[str], *, lead: str = "") 
         "<!doctype html>\n"
         f'<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{STYLE}</style></head><body><h1>{html.escape(title)}</h1>{intro}\n"
+        f"<style>{STYLE}</style></head><body><main><h1>{html.escape(title)}</h1>{intro}\n"
         + "\n".join(parts)
-        + "</body></html>\n"
+        + "</main></body></html>\n"
     )
     return path

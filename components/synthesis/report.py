@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from components.runtime.contracts import TaskRecord
-from components.runtime.report import bar_figure, html_table, tiles, write_page
+from components.runtime.report import bar_figure, html_table, text_block, tiles, write_page
 from components.synthesis.family import CAREFUL, Family
 from components.synthesis.players import PLAYERS
 
@@ -122,5 +122,5 @@ def _examples(family: Family, tasks: Sequence[TaskRecord]) -> list[str]:
         for message in family.play(task, CAREFUL, random.Random(0)).messages:
             calls = [f"{call.name}({', '.join(map(str, call.arguments.values()))})" for call in message.tool_calls]
             lines.append(f"{message.role:>10}  {' '.join([message.content, *calls]).strip()}")
-        shown.append(f"<pre>{html.escape(chr(10).join(lines))}</pre>")
+        shown.append(text_block("\n".join(lines)))
     return shown

@@ -3,11 +3,13 @@
 import re
 from html.parser import HTMLParser
 
+from components.runtime.curves import curve_figures
 from components.runtime.report import (
     bar_figure,
     html_table,
     interval_figure,
     line_figure,
+    text_block,
     thin,
     tiles,
     write_page,
@@ -95,3 +97,21 @@ def test_thinning_keeps_the_mean_and_short_curves():
     assert len(thinned) == 100
     assert abs(sum(y for _, y in thinned) / 100 - sum(y for _, y in points) / 2000) < 1e-9
     assert thin(points[:100], 100) == points[:100]
+
+
+def test_what_is_no_loss_makes_no_phase():
+    curves = {"dense/loss": [(0, 2.0), (5, 1.0)], "cost/core_seconds": [(0, 3.0)], "states/bytes": [(0, 9.0)]}
+    (figure,) = curve_figures("Training", curves)
+    assert "cost" not in figure
+    assert "states" not in figure
+    both = {**curves, "sparse/loss": [(0, 1.0), (5, 0.5)]}
+    (figure,) = curve_figures("Training", both)
+    assert "sparse" in figure
+
+
+def test_wide_tables_and_long_texts_scroll_by_keyboard(tmp_path):
+    parts = [html_table(["a", "b"], [["1", "2"]]), text_block("a < b")]
+    text = write_page(tmp_path / "page.html", "Page", parts).read_text()
+    assert text.count('tabindex="0"') == 2
+    assert "a &lt; b" in text
+    assert text.index("<main>") < text.index("<h1>") < text.index("</main>")
