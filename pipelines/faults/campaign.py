@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,34 +170,41 @@ def scratch() -> Iterator[Path]:
         yield Path(folder)
 
 
-def carry_out(plan: Plan, output: Path, command: str, tell: Callable[[str], None]) -> dict[str, Any]:
-    """Do all cases of the plan that `output` does not have yet, and keep each there as soon as it is done.
+def carry_out(plan: Plan, output: Path, command: str, tell: Callable[[str], None], *, jobs: int = 1) -> dict[str, Any]:
+    """Do all cases of the plan that `output` does not have yet, `jobs` at a time, and keep each as soon as it is done.
 
     Returns the document. Raises InputError when a kind is not possible here, or `output` is of another plan.
     """
     plan.check()
     code = code_digest(["pipelines.execute", "pipelines.run", "pipelines.faults.campaign"])[:16]
     rows = kept_rows(output, plan, code)
-    document: dict[str, Any] = {}
+    done = {(row["kind"], row["number"]) for row in rows}
+    output.parent.mkdir(parents=True, exist_ok=True)
     with scratch() as folder:
         expected, length = undisturbed(folder / "undisturbed", plan.profile, plan.limit_seconds)
         tell(f"the undisturbed run took {length:.0f} s")
-        done = {(row["kind"], row["number"]) for row in rows}
         document = _document(plan, rows, command, code, length)
-        for kind, number in plan.cases():
-            if (kind, number) in done:
-                continue
-            rng = random.Random(f"{plan.seed}/{kind}/{number}")
-            place = folder / f"{kind}-{number}"
-            output.parent.mkdir(parents=True, exist_ok=True)
+
+        def do(kind: str, number: int) -> dict[str, Any]:
+            rng, place = random.Random(f"{plan.seed}/{kind}/{number}"), folder / f"{kind}-{number}"
             row = {"kind": kind, "number": number, **one(kind, place, plan, expected, length, rng), "code": code}
-            if log := row.pop("log", ""):
-                (output.parent / f"{output.stem}-{kind}-{number}.log").write_text(log)
             shutil.rmtree(place, ignore_errors=True)
-            rows.append(row)
-            document = _document(plan, rows, command, code, length)
-            write_json(output, document)
-            tell(f"{kind} {number}: {row['wrong'] or 'as it has to be'} {json.dumps(row)}")
+            return row
+
+        # a command dies with the thread that started it: the pool's threads live until the end
+        pool = ThreadPoolExecutor(jobs)
+        try:
+            work = [pool.submit(do, *case) for case in plan.cases() if case not in done]
+            for finished in as_completed(work):
+                row = finished.result()
+                if log := row.pop("log", ""):
+                    (output.parent / f"{output.stem}-{row['kind']}-{row['number']}.log").write_text(log)
+                rows.append(row)
+                document = _document(plan, rows, command, code, length)
+                write_json(output, document)
+                tell(f"{row['kind']} {row['number']}: {row['wrong'] or 'as it has to be'} {json.dumps(row)}")
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
     return document
 
 
@@ -238,7 +246,7 @@ def _document(plan: Plan, rows: Sequence[dict[str, Any]], command: str, code: st
         "cases": len(rows),
         "wrong": sum(bool(row["wrong"]) for row in rows),
         "kinds": kinds,
-        "rows": list(rows),
+        "rows": sorted(rows, key=lambda row: (list(plan.counts).index(row["kind"]), row["number"])),
     }
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import psutil
 
+from components.runtime import processes
 from components.runtime.object_store import ObjectStore
 from components.runtime.settings import Settings
 from pipelines.code_digest import ROOT
@@ -93,7 +94,7 @@ class Case:
             private = ["unshare", "--mount", "--propagation", "private", "sh", "-c", _PRIVATE, "case"]
             command = [*private, str(self.temporary), str(self.shared), *command]
         with self.log.open("ab") as log:
-            return subprocess.Popen(command, cwd=ROOT, env=self.environment(), stdout=log, stderr=log)
+            return processes.start(command, environment=self.environment(), cwd=ROOT, stdout=log, stderr=log)
 
     def processes(self) -> list[psutil.Process]:
         """All living processes of the case, oldest first, also those that lost their parent."""
