@@ -13,13 +13,16 @@ import shutil
 import statistics
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from components.runtime.errors import InputError
 from components.runtime.result_file import frame
@@ -44,6 +47,7 @@ class Plan:
     seed: int
     counts: Mapping[str, int]
     limit_seconds: float = 900.0
+    stopped: threading.Event = field(default_factory=threading.Event)  # nothing is started any more
 
     def cases(self) -> Iterator[tuple[str, int]]:
         for kind, count in self.counts.items():
@@ -74,6 +78,7 @@ def one(
 ) -> dict[str, Any]:
     """One case: its record. A run that ended before the moment was no case: another moment is drawn, in its length."""
     for attempt in range(DRAWS):
+        _go_on(plan)
         fault = KINDS[kind]()
         with fault.prepared(folder / str(attempt), plan.profile, rng) as case:
             moment = rng.uniform(EARLIEST_SECONDS, length)
@@ -91,6 +96,11 @@ def one(
             finally:
                 case.end()
     raise RuntimeError(f"{DRAWS} runs ended before the moment that was drawn for {kind}")
+
+
+def _go_on(plan: Plan) -> None:
+    if plan.stopped.is_set():
+        raise RuntimeError("the campaign was stopped")
 
 
 def _course(
@@ -121,6 +131,7 @@ def _course(
             break
         if remaining := case.remaining():
             wrong.append(f"processes outlived the command: {len(remaining)}")
+        _go_on(plan)
         process = case.start()
     if codes and codes[-1] in ENDED:
         wrong += [*judge.left_behind(case), *judge.unlike(expected, case)]
@@ -203,8 +214,14 @@ def carry_out(plan: Plan, output: Path, command: str, tell: Callable[[str], None
                 document = _document(plan, rows, command, code, length)
                 write_json(output, document)
                 tell(f"{row['kind']} {row['number']}: {row['wrong'] or 'as it has to be'} {json.dumps(row)}")
+        except BaseException:
+            plan.stopped.set()
+            for child in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error):
+                    child.kill()
+            raise
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
     return document
 
 
