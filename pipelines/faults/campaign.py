@@ -50,8 +50,9 @@ class Plan:
     stopped: threading.Event = field(default_factory=threading.Event)  # nothing is started any more
 
     def cases(self) -> Iterator[tuple[str, int]]:
-        for kind, count in self.counts.items():
-            yield from ((kind, number) for number in range(count))
+        """In turn of each kind, so that what is done when it is stopped shows something of all."""
+        for number in range(max(self.counts.values(), default=0)):
+            yield from ((kind, number) for kind, count in self.counts.items() if number < count)
 
     def check(self) -> None:
         """Raises InputError for a kind that this machine cannot do."""
