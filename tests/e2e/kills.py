@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from components.runtime.errors import EXIT_INPUT, InputError
+from components.runtime.errors import EXIT_INPUT, EXIT_INTERRUPTED, InputError
 from pipelines.faults.campaign import Plan, carry_out
 from pipelines.faults.case import own_mounts
 from pipelines.faults.kinds import KINDS
@@ -51,6 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"kills: {error}", file=sys.stderr)
         return EXIT_INPUT
+    except KeyboardInterrupt:
+        print("kills: stopped; the same command goes on after the cases that are done", file=sys.stderr)
+        return EXIT_INTERRUPTED
     return 1 if document["wrong"] else 0
 
 
