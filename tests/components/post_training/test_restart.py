@@ -100,18 +100,25 @@ def program(tmp_path, plugin, family):
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(plugin)]),
     }
 
+    started = []
+
     def start(name: str, **values) -> subprocess.Popen:
         file = tmp_path / f"{name}.yaml"
         file.write_text(yaml.safe_dump({"config": {**CONFIG, **values}, "inputs": pointers, "seed": 3}))
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-m", "components.post_training", "--config", str(file)],
             env={**environment, "SPARSELINE_RUN_ID": name},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
+        started.append(process)
+        return process
 
-    return start
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
 
 
 def after_steps(process: subprocess.Popen, store: Path, steps: int) -> None:
