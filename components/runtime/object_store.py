@@ -189,6 +189,11 @@ class S3Store:
                     f"{self.endpoint} refused the credentials for {self.uri} ({error.code}); "
                     "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
                 ) from error
+            if error.code == "RequestTimeTooSkewed":
+                raise InputError(
+                    f"the clock of this machine and that of {self.endpoint} are too far apart, so that it refuses "
+                    "signatures; set the clock and run the command again"
+                ) from error
             raise
         except (urllib3.exceptions.HTTPError, InvalidResponseError) as error:
             reason = getattr(error, "reason", None)

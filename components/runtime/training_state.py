@@ -147,7 +147,10 @@ class TrainingState:
         nearest: tuple[int, str, str] | None = None
         newest = {key.rsplit("/", 2)[0]: key for key in self.store.keys(f"{self.folder}/") if key.endswith(MANIFEST)}
         for prefix, key in newest.items():
-            manifest = json.loads(self.store.get_bytes(key))
+            try:
+                manifest = json.loads(self.store.get_bytes(key))
+            except FileNotFoundError:  # another run in the same store has just finished with it
+                continue
             if prefix == self.prefix or manifest.get("format") != FORMAT:
                 continue
             found, place = manifest["identity"], f"{self.store.uri}/{prefix}"

@@ -13,12 +13,16 @@ import shutil
 import statistics
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from components.runtime.errors import InputError
 from components.runtime.result_file import frame
@@ -43,10 +47,12 @@ class Plan:
     seed: int
     counts: Mapping[str, int]
     limit_seconds: float = 900.0
+    stopped: threading.Event = field(default_factory=threading.Event)  # nothing is started any more
 
     def cases(self) -> Iterator[tuple[str, int]]:
-        for kind, count in self.counts.items():
-            yield from ((kind, number) for number in range(count))
+        """In turn of each kind, so that what is done when it is stopped shows something of all."""
+        for number in range(max(self.counts.values(), default=0)):
+            yield from ((kind, number) for kind, count in self.counts.items() if number < count)
 
     def check(self) -> None:
         """Raises InputError for a kind that this machine cannot do."""
@@ -73,6 +79,7 @@ def one(
 ) -> dict[str, Any]:
     """One case: its record. A run that ended before the moment was no case: another moment is drawn, in its length."""
     for attempt in range(DRAWS):
+        _go_on(plan)
         fault = KINDS[kind]()
         with fault.prepared(folder / str(attempt), plan.profile, rng) as case:
             moment = rng.uniform(EARLIEST_SECONDS, length)
@@ -90,6 +97,11 @@ def one(
             finally:
                 case.end()
     raise RuntimeError(f"{DRAWS} runs ended before the moment that was drawn for {kind}")
+
+
+def _go_on(plan: Plan) -> None:
+    if plan.stopped.is_set():
+        raise RuntimeError("the campaign was stopped")
 
 
 def _course(
@@ -120,6 +132,7 @@ def _course(
             break
         if remaining := case.remaining():
             wrong.append(f"processes outlived the command: {len(remaining)}")
+        _go_on(plan)
         process = case.start()
     if codes and codes[-1] in ENDED:
         wrong += [*judge.left_behind(case), *judge.unlike(expected, case)]
@@ -169,34 +182,47 @@ def scratch() -> Iterator[Path]:
         yield Path(folder)
 
 
-def carry_out(plan: Plan, output: Path, command: str, tell: Callable[[str], None]) -> dict[str, Any]:
-    """Do all cases of the plan that `output` does not have yet, and keep each there as soon as it is done.
+def carry_out(plan: Plan, output: Path, command: str, tell: Callable[[str], None], *, jobs: int = 1) -> dict[str, Any]:
+    """Do all cases of the plan that `output` does not have yet, `jobs` at a time, and keep each as soon as it is done.
 
     Returns the document. Raises InputError when a kind is not possible here, or `output` is of another plan.
     """
     plan.check()
     code = code_digest(["pipelines.execute", "pipelines.run", "pipelines.faults.campaign"])[:16]
     rows = kept_rows(output, plan, code)
-    document: dict[str, Any] = {}
+    done = {(row["kind"], row["number"]) for row in rows}
+    output.parent.mkdir(parents=True, exist_ok=True)
     with scratch() as folder:
         expected, length = undisturbed(folder / "undisturbed", plan.profile, plan.limit_seconds)
         tell(f"the undisturbed run took {length:.0f} s")
-        done = {(row["kind"], row["number"]) for row in rows}
         document = _document(plan, rows, command, code, length)
-        for kind, number in plan.cases():
-            if (kind, number) in done:
-                continue
-            rng = random.Random(f"{plan.seed}/{kind}/{number}")
-            place = folder / f"{kind}-{number}"
-            output.parent.mkdir(parents=True, exist_ok=True)
+
+        def do(kind: str, number: int) -> dict[str, Any]:
+            rng, place = random.Random(f"{plan.seed}/{kind}/{number}"), folder / f"{kind}-{number}"
             row = {"kind": kind, "number": number, **one(kind, place, plan, expected, length, rng), "code": code}
-            if log := row.pop("log", ""):
-                (output.parent / f"{output.stem}-{kind}-{number}.log").write_text(log)
             shutil.rmtree(place, ignore_errors=True)
-            rows.append(row)
-            document = _document(plan, rows, command, code, length)
-            write_json(output, document)
-            tell(f"{kind} {number}: {row['wrong'] or 'as it has to be'} {json.dumps(row)}")
+            return row
+
+        # a command dies with the thread that started it: the pool's threads live until the end
+        pool = ThreadPoolExecutor(jobs)
+        try:
+            work = [pool.submit(do, *case) for case in plan.cases() if case not in done]
+            for finished in as_completed(work):
+                row = finished.result()
+                if log := row.pop("log", ""):
+                    (output.parent / f"{output.stem}-{row['kind']}-{row['number']}.log").write_text(log)
+                rows.append(row)
+                document = _document(plan, rows, command, code, length)
+                write_json(output, document)
+                tell(f"{row['kind']} {row['number']}: {row['wrong'] or 'as it has to be'} {json.dumps(row)}")
+        except BaseException:
+            plan.stopped.set()
+            for child in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error):
+                    child.kill()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
     return document
 
 
@@ -238,7 +264,7 @@ def _document(plan: Plan, rows: Sequence[dict[str, Any]], command: str, code: st
         "cases": len(rows),
         "wrong": sum(bool(row["wrong"]) for row in rows),
         "kinds": kinds,
-        "rows": list(rows),
+        "rows": sorted(rows, key=lambda row: (list(plan.counts).index(row["kind"]), row["number"])),
     }
 
 

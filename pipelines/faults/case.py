@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import psutil
 
+from components.runtime import processes
 from components.runtime.object_store import ObjectStore
 from components.runtime.settings import Settings
 from pipelines.code_digest import ROOT
@@ -49,12 +50,13 @@ def own_mounts() -> None:
 
 @dataclass
 class Case:
-    """`store` as in `sparseline run --store`; `variables` go to the command's environment."""
+    """`store` and `settings` as in `sparseline run --store, --set`; `variables` go to the command's environment."""
 
     folder: Path
     profile: str
     store: str = ""
     variables: Mapping[str, str] = field(default_factory=dict)
+    settings: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         for place in (self.runs, self.temporary, self.shared):
@@ -89,11 +91,12 @@ class Case:
         """The command, as a user gives it."""
         command = [sys.executable, "-m", "pipelines.cli", "run", "--profile", self.profile, "--runs", str(self.runs)]
         command += ["--store", self.store] if self.store else []
+        command += [word for one in self.settings for word in ("--set", one)]
         if may_mount():
             private = ["unshare", "--mount", "--propagation", "private", "sh", "-c", _PRIVATE, "case"]
             command = [*private, str(self.temporary), str(self.shared), *command]
         with self.log.open("ab") as log:
-            return subprocess.Popen(command, cwd=ROOT, env=self.environment(), stdout=log, stderr=log)
+            return processes.start(command, environment=self.environment(), cwd=ROOT, stdout=log, stderr=log)
 
     def processes(self) -> list[psutil.Process]:
         """All living processes of the case, oldest first, also those that lost their parent."""

@@ -34,7 +34,7 @@ from pipelines.faults.kinds import ended
 
 STAGES = ("pretraining", "post_training")
 LOOK_SECONDS = 0.05
-WITHIN_SECONDS = 30.0  # after a state was saved, the kill comes
+LIMIT_SECONDS = 1800.0  # without anything new
 
 
 def newest(case: Case) -> tuple[str, Path] | None:
@@ -60,7 +60,7 @@ def went_on(told: Sequence[dict[str, Any]]) -> bool:
     return bool(notes) and any(event["kind"] == "step" for event in told[notes[0] :])
 
 
-def measure(case: Case, times: int, rng: random.Random, limit: float) -> list[dict[str, Any]]:
+def measure(case: Case, times: int, within: float, rng: random.Random, limit: float) -> list[dict[str, Any]]:
     """Kill `times` times, about half of them in each training stage; then wait for the end of the run.
 
     Raises RuntimeError when the run ends before, or nothing happens within the limit.
@@ -71,7 +71,7 @@ def measure(case: Case, times: int, rng: random.Random, limit: float) -> list[di
     for number in range(times):
         stage = STAGES[number * len(STAGES) // times]
         folder = _await(case, process, limit, last, is_saved, stage)
-        ended(process, rng.uniform(0, WITHIN_SECONDS))
+        ended(process, rng.uniform(0, within))
         process.send_signal(signal.SIGKILL)
         process.wait()
         killed_at, last = time.monotonic(), folder
@@ -131,15 +131,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--profile", default="nano")
     parser.add_argument("--times", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--set", dest="settings", action="append", default=[], help="STAGE.KEY=VALUE, over the profile")
+    parser.add_argument("--within", type=float, default=30.0, help="seconds from a saved state to the kill, at most")
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args(arguments)
     own_mounts()
     words = ["python", "-m", "pipelines.faults.recovery", *(sys.argv[1:] if arguments is None else arguments)]
     try:
         with scratch() as folder:
-            case = Case(folder / "recovery", options.profile)
+            case = Case(folder / "recovery", options.profile, settings=options.settings)
             try:
-                rows = measure(case, options.times, random.Random(options.seed), 1800.0)
+                rows = measure(case, options.times, options.within, random.Random(options.seed), LIMIT_SECONDS)
                 cost = overhead(case)
             finally:
                 case.end()

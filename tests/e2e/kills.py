@@ -11,16 +11,21 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from components.runtime.errors import EXIT_INPUT, InputError
+from components.runtime.errors import EXIT_INPUT, EXIT_INTERRUPTED, InputError
 from pipelines.faults.campaign import Plan, carry_out
 from pipelines.faults.case import own_mounts
 from pipelines.faults.kinds import KINDS
 
 COUNTS = {"kill": 60, "s3-away": 5, "disk-full": 10, "clock": 5, "stop": 5}
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt  # so that the case at hand is ended and its folder removed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,17 +36,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--fault", choices=list(KINDS), help="this kind alone")
     parser.add_argument("--seed", type=int, default=0, help="of moments, victims and everything else that is drawn")
     parser.add_argument("--profile", default="micro")
+    parser.add_argument("--jobs", type=int, default=1, help="cases at a time")
     parser.add_argument("--output", type=Path, required=True, help="result file (JSON)")
     options = parser.parse_args(arguments)
     counts = {kind: vars(options)[kind] for kind in COUNTS if options.fault in (None, kind)}
     own_mounts()
+    signal.signal(signal.SIGTERM, _interrupt)
     words = ["python", "-m", "tests.e2e.kills", *(sys.argv[1:] if arguments is None else arguments)]
     try:
         plan = Plan(options.profile, options.seed, counts)
-        document = carry_out(plan, options.output, shlex.join(words), lambda text: print(text, flush=True))
+        document = carry_out(
+            plan, options.output, shlex.join(words), lambda text: print(text, flush=True), jobs=options.jobs
+        )
     except InputError as error:
         print(f"kills: {error}", file=sys.stderr)
         return EXIT_INPUT
+    except KeyboardInterrupt:
+        print("kills: stopped; the same command goes on after the cases that are done", file=sys.stderr)
+        return EXIT_INTERRUPTED
     return 1 if document["wrong"] else 0
 
 

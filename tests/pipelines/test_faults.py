@@ -82,6 +82,7 @@ def test_processes_of_a_case_are_found_even_when_they_lost_their_parent(tmp_path
 def test_a_moved_clock_moves_the_wall_clock_alone(tmp_path):
     program = """
 import datetime, pickle, sys, time
+import mlflow, pyarrow, torch  # compiled libraries that look at the class
 now = datetime.datetime.now(datetime.UTC)
 print(time.time(), now.timestamp(), time.monotonic(), time.sleep(0.01))
 assert isinstance(pickle.loads(pickle.dumps(now)), datetime.datetime)

@@ -1,6 +1,7 @@
 """One contract, two stores: a directory and a real SeaweedFS."""
 
 import concurrent.futures
+import datetime
 import hashlib
 import os
 import socket
@@ -10,6 +11,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import minio.time
 import pytest
 
 from components.runtime.embedded_store import free_ports
@@ -139,6 +141,14 @@ def test_wrong_credentials_are_an_input_error(seaweed):
         stranger = S3Store(seaweed.uri, seaweed.endpoint, access, secret)
         with pytest.raises(InputError, match="refused the credentials"):
             stranger.get_bytes("k")
+
+
+@pytest.mark.parametrize("days", [-3, 3])
+def test_a_clock_that_is_far_off_is_told(seaweed, monkeypatch, days):
+    now = minio.time.utcnow
+    monkeypatch.setattr(minio.time, "utcnow", lambda: now() + datetime.timedelta(days=days))
+    with pytest.raises(InputError, match=r"the clock of this machine and that of http://.* are too far apart"):
+        seaweed.get_bytes("k")
 
 
 def test_nobody_reads_without_credentials(seaweed):
