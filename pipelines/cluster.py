@@ -102,6 +102,7 @@ def prepare(resources: dict[str, TaskResources], model: str) -> Callable[[str, A
             "SPARSELINE_RUNS": "/tmp/runs",
             "SPARSELINE_MODEL": model,
             "SPARSELINE_METRICS_PORT": METRICS_PORT,
+            "SPARSELINE_LOG": "json",
         }
         for name, value in own.items():
             task.set_env_variable(name, value)

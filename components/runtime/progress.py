@@ -10,6 +10,8 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from math import isfinite
 from pathlib import Path
 
 INTERVAL_SECONDS = 0.25  # of events in the file: a display needs no more
@@ -25,7 +27,7 @@ def rate_and_left(step: int, total: int, seconds: float) -> tuple[float, float]:
 class Progress:
     """The progress of one stage. `echo` also prints lines, for a log that a person reads.
 
-    `clock` gives seconds and only ever grows; tests pass their own.
+    Lines are text, or with `structured` JSON: time (UTC), run, stage, phase, step, total, values or text. `clock` gives seconds and only ever grows; tests pass their own.
     """
 
     def __init__(
@@ -34,10 +36,13 @@ class Progress:
         *,
         stage: str = "",
         echo: bool = False,
+        run: str = "",
+        structured: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._file = path.open("a", buffering=1) if path else None
         self._stage, self._echo, self._clock = stage, echo, clock
+        self._run, self._structured = run, structured
         self._start = clock()
         self._phase_start = self._start
         self._last_event = self._last_line = float("-inf")
@@ -50,9 +55,21 @@ class Progress:
             event = {"seconds": round(self._clock() - self._start, 3), **event}
             self._file.write(json.dumps(event) + "\n")
 
-    def _print(self, text: str) -> None:
-        if self._echo:
-            print(f"[{self._stage}] {text}", file=sys.stderr, flush=True)
+    def _print(self, text: str, values: Mapping[str, float] | None = None) -> None:
+        if not self._echo:
+            return
+        line = f"[{self._stage}] {text}"
+        if self._structured:
+            phase, step, total = self.place()
+            told: dict[str, object] = {"time": datetime.now(UTC).isoformat(timespec="milliseconds")}
+            told |= {"run": self._run, "stage": self._stage, "phase": phase, "step": step, "total": total}
+            told |= (
+                {"text": text}
+                if values is None
+                else {"values": {name: value if isfinite(value) else str(value) for name, value in values.items()}}
+            )
+            line = json.dumps(told)
+        print(line, file=sys.stderr, flush=True)
 
     def phase(self, name: str) -> None:
         """A new part of the stage begins; steps count from 0 again."""
@@ -81,7 +98,7 @@ class Progress:
             self._last_line = now
             shown = " ".join(f"{name}={value:.4g}" for name, value in (values or {}).items())
             remaining = f", {left:.0f} s left" if left != float("inf") else ""
-            self._print(f"{self._phase} {step}/{total} ({rate:.3g}/s{remaining}) {shown}".strip())
+            self._print(f"{self._phase} {step}/{total} ({rate:.3g}/s{remaining}) {shown}".strip(), values or {})
 
     def place(self) -> tuple[str, int, int]:
         """Phase, steps done in it, and its steps in all. May be called from another thread."""

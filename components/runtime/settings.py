@@ -10,6 +10,7 @@
 | MLFLOW_TRACKING_URI | MLflow (default: `mlflow.db`, SQLite, in the runs folder) |
 | SPARSELINE_MODEL | name of the registered model (default `sparseline`) |
 | MLFLOW_RUN_ID | the MLflow run to resume (KFP sets it) |
+| SPARSELINE_LOG | `json`: a stage's log is a JSON object a line (default: text) |
 | SPARSELINE_METRICS_PORT | port of a Prometheus endpoint of the running stage (default: none) |
 """
 
@@ -46,6 +47,7 @@ class Settings(BaseModel):
     mlflow_run_id: str = Field(default="", description="MLflow run to resume; empty: create one")
     model: str = Field(default="sparseline", description="name of the registered model")
     metrics_port: int = Field(default=0, ge=0, le=65535, description="of a stage's Prometheus endpoint; 0: none")
+    structured_log: bool = Field(default=False, description="a stage's log is a JSON object a line")
     mirrored: bool = Field(default=False, description="our parent carries our records into MLflow")
 
     @staticmethod
@@ -64,6 +66,7 @@ class Settings(BaseModel):
             mlflow_run_id=environment.get("MLFLOW_RUN_ID") or "",
             model=environment.get("SPARSELINE_MODEL") or "sparseline",
             metrics_port=_port(environment.get("SPARSELINE_METRICS_PORT") or "0"),
+            structured_log=_log(environment.get("SPARSELINE_LOG") or "text"),
             mirrored=environment.get("SPARSELINE_MIRRORED") == "1",
         )
 
@@ -80,6 +83,7 @@ class Settings(BaseModel):
             "MLFLOW_TRACKING_URI": self.tracking_uri,
             "MLFLOW_RUN_ID": self.mlflow_run_id,
             "SPARSELINE_MODEL": self.model,
+            "SPARSELINE_LOG": "json" if self.structured_log else "",
             "SPARSELINE_METRICS_PORT": str(self.metrics_port or ""),
             "SPARSELINE_MIRRORED": "1" if self.mirrored else "",
         }
@@ -104,6 +108,12 @@ def _port(text: str) -> int:
     if not text.isdigit() or int(text) > 65535:
         raise InputError(f"SPARSELINE_METRICS_PORT is {text!r}; give a port, 1 to 65535, or leave it away")
     return int(text)
+
+
+def _log(text: str) -> bool:
+    if text not in ("json", "text"):
+        raise InputError(f"SPARSELINE_LOG is {text!r}; give json or text")
+    return text == "json"
 
 
 def new_run_id(now: datetime | None = None) -> str:

@@ -146,7 +146,9 @@ def execute(
             (directory / old).unlink(missing_ok=True)
         (directory / "work").mkdir(parents=True, exist_ok=True)
     started, meter = time.monotonic(), Meter()
-    progress = Progress(directory / "progress.jsonl", stage=stage, echo=echo)
+    progress = Progress(
+        directory / "progress.jsonl", stage=stage, echo=echo, run=settings.run_id, structured=settings.structured_log
+    )
     tracker = Tracker(directory)
     sink = None
     try:

@@ -87,6 +87,18 @@ def test_fused_selection(splits: int, described: bool, plateau: bool) -> None:
 
 
 @interpreter_only
+@pytest.mark.parametrize("rows", [4, 6])
+def test_selection_by_rows(rows: int) -> None:
+    inputs = list(last_queries(6, 300, 4, 16, torch.float32, guard=16))
+    inputs[3][3:] = 130  # another sequence; a block of queries spans both
+    inputs[3][5] = inputs[4][5] = 7  # no keys
+    got = fused_kernels.by_rows(*inputs[:5], 8, *inputs[5:], scores=rows * 300, shape=SHAPE, sizes=SIZES)
+    want = topk_reference.topk(scores_kernels.launch(*inputs, shape=SHAPE, described=False), 8)
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(got[1], want[1])
+
+
+@interpreter_only
 @pytest.mark.parametrize("splits", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_paged_selection(splits: int) -> None:
     case = paged_case([[5, 6], [69], [0], [12]], page_size=4, heads=3, dim=16)
@@ -173,7 +185,7 @@ def requests(capability: int) -> list[dict]:
         one_piece = {"table_ptr": None, "sequence_ptr": None, "out_score_ptr": None}
         paged = {"start_ptr": None, "length_ptr": None, "B": 1, "M": 128 if capability == 90 else 32}
         for function, constants in [
-            ("kernels.indexer_scores.triton:indexer_scores_kernel", tile | rows | no_scale),
+            ("kernels.indexer_scores.triton:indexer_scores_kernel", tile | rows | no_scale | {"FILL": True}),
             ("kernels.indexer_topk.triton:indexer_topk_kernel", tile | rows | buffers | no_scale | one_piece),
             ("kernels.indexer_topk.triton:indexer_topk_kernel", tile | rows | buffers | no_scale | paged),
         ]:

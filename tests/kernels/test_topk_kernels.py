@@ -71,7 +71,16 @@ def test_compiles_ahead_for_each_generation() -> None:
     arguments = dict.fromkeys(["score_ptr", "out_score_ptr"], "*fp32")
     arguments |= dict.fromkeys(["out_position_ptr", "length_ptr"], "*i32") | {"buffer_ptr": "*i64"}
     names = ["tasks", "splits", "positions", "split_positions", "row_stride", "k", "limit"]
-    constants = {"position_ptr": None, "CAPACITY": 4096, "R": 2, "W": 128, "SAMPLE": 4096, "SIGMAS": 3.5}
+    constants = {
+        "position_ptr": None,
+        "start_ptr": None,
+        "end_ptr": None,
+        "CAPACITY": 4096,
+        "R": 2,
+        "W": 128,
+        "SAMPLE": 4096,
+        "SIGMAS": 3.5,
+    }
     requests = [
         {
             "function": "kernels.topk.triton:topk_kernel",

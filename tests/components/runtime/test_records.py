@@ -1,6 +1,9 @@
 """Progress and tracking files, and what is read back from them."""
 
 import json
+from datetime import datetime
+
+import pytest
 
 from components.runtime.progress import Progress, rate_and_left
 from components.runtime.tracking import Lines, Tracker, flatten, read_metrics
@@ -53,6 +56,23 @@ def test_phases_episodes_and_notes_are_kept(tmp_path):
     progress.episode("user: hi\nassistant: ho")
     progress.note("all well")
     assert [event["kind"] for event in events(tmp_path / "p")] == ["phase", "episode", "note"]
+
+
+def test_a_structured_log_gets_an_object_a_line(capsys):
+    clock = Clock()
+    progress = Progress(stage="pretraining", echo=True, run="r1", structured=True, clock=clock)
+    progress.phase("dense")
+    progress.update(5, 10, {"loss": 2.5, "kl": float("nan")})
+    progress.update(6, 10, {"loss": 2.4})  # within the interval
+    progress.note("a sentence")
+    lines = [
+        json.loads(line, parse_constant=lambda name: pytest.fail(name)) for line in capsys.readouterr().err.splitlines()
+    ]
+    assert [line.get("text") for line in lines] == ["dense", None, "a sentence"]
+    assert all((line["run"], line["stage"], line["phase"]) == ("r1", "pretraining", "dense") for line in lines)
+    assert (lines[1]["step"], lines[1]["total"], lines[1]["values"]) == (5, 10, {"loss": 2.5, "kl": "nan"})
+    assert lines[2]["step"] == 6
+    assert datetime.fromisoformat(lines[0]["time"]).tzinfo is not None
 
 
 def test_a_log_gets_lines(tmp_path, capsys):
