@@ -27,7 +27,8 @@ def rate_and_left(step: int, total: int, seconds: float) -> tuple[float, float]:
 class Progress:
     """The progress of one stage. `echo` also prints lines, for a log that a person reads.
 
-    Lines are text, or with `structured` JSON: time (UTC), run, stage, phase, step, total, values or text. `clock` gives seconds and only ever grows; tests pass their own.
+    Lines are text, or with `structured` JSON: time (UTC), run, stage, phase, step, total, values or text. `clock` gives
+    seconds and only ever grows; tests pass their own.
     """
 
     def __init__(
