@@ -95,8 +95,10 @@ class RolloutWorker:
         return [parts[index % self.ranks.size][index // self.ranks.size] for index in range(len(pairs))]
 
     def play_share(self, pairs: Sequence[tuple[TaskRecord, int]], version: int) -> list[EpisodeResult]:
-        """This rank's part of `episodes`, with its weights, which are of `version`."""
-        self.load(version)
+        """This rank's part of `episodes`. A rank above 0 takes the weights of `version` from its learner first; rank 0
+        plays with what it was given by `load`, which need not be its learner's newest."""
+        if self.ranks.rank:
+            self.load(version)
         self.model.eval()
         tasks = [task for task, _ in pairs]
         unfit = {

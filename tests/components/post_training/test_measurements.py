@@ -44,11 +44,14 @@ def test_a_lagging_pool_plays_old_weights(material):
     worker = RolloutWorker(CONFIG, learner.model, material.tokenizer, material.environments, material.longest)
     pool = ablations.LaggingPool(worker, 2)
     head, seen = learner.model.lm_head.weight, []
+    sampler = PromptSampler(material.tasks, 2, "x")
     for version in range(1, 5):
         with torch.no_grad():
             head.fill_(version)
         pool.publish(version)
-        seen.append((worker.version, float(worker.model.lm_head.weight[0, 0])))
+        pool.submit(sampler.take(1))
+        (played,) = pool.collect()
+        seen.append((played.version, float(worker.model.lm_head.weight[0, 0])))
     assert [version for version, _ in seen] == [0, 0, 1, 2]
     assert [value for _, value in seen][2:] == [1.0, 2.0]
 

@@ -29,14 +29,15 @@ def ledger_of(folder):
 
 
 @pytest.mark.slow
-def test_synchronous_in_an_actor_is_what_it_is_in_this_process(head, train):
-    values = {"validation_every": 1}
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_synchronous_in_an_actor_is_what_it_is_in_this_process(head, train, dtype):
+    values = {"validation_every": 1, "rollout_dtype": dtype}
     (here, a), (there, b) = train("here", **values), train("there", rollout_workers=1, **values)
     # the lot's plays start with the validation here, and in an actor of its own there: the rewards are the same
     first, second = (load_model(folder / "work" / "checkpoint").state_dict() for folder in (a, b))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert {**here.summary, "ledger": 0} == {**there.summary, "ledger": 0}
-    assert there.summary["logprob_gap"] < 1e-4
+    assert there.summary["logprob_gap"] < (1e-4 if dtype == "float32" else 0.2)
 
 
 @pytest.mark.slow
