@@ -114,7 +114,17 @@ def hopper_request(heads: int, rope: bool) -> dict:
     arguments = dict(
         q_ptr="*bf16", kv_ptr="*bf16", indices_ptr="*i32", span_ptr="*i32", out_ptr="*bf16", lse_ptr="*fp32"
     )
-    integers = ("tiles", "tokens", "together", "key_rows", "q_stride_t", "q_stride_h", "kv_stride", "indices_stride", "nought")
+    integers = (
+        "tiles",
+        "tokens",
+        "together",
+        "key_rows",
+        "q_stride_t",
+        "q_stride_h",
+        "kv_stride",
+        "indices_stride",
+        "nought",
+    )
     arguments |= {name: "i32" for name in integers} | {"scale_log2": "fp32"}
     constants = dict(KEYS=2048, HEADS=heads, HAS_REST=rope, HAS_SINK=False, sink_ptr=None)
     module, name = "gluon_few_heads", "sparse_attention_few_heads_kernel"
