@@ -1,4 +1,4 @@
-"""Scores and selection in one kernel, against our own score kernel; and over the paged cache in decoding."""
+"""Scores and selection in one operation, against our own score kernel; and over the paged cache in decoding."""
 
 from collections.abc import Callable
 from functools import partial

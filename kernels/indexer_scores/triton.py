@@ -179,6 +179,7 @@ def indexer_scores_kernel(
     STAGES: tl.constexpr,
     UPCAST: tl.constexpr,
     DESCRIBED: tl.constexpr,
+    FILL: tl.constexpr,  # -inf where no query of a block sees a key; else nothing is stored there
 ):
     # the last queries see the most keys in a causal batch: they go first
     token = (tl.num_programs(0) - 1 - tl.program_id(0)) * B
@@ -194,16 +195,17 @@ def indexer_scores_kernel(
         out_ptr_B, q_ND, weight_N, k_ptr, k_scale_ptr, k_stride, start_B, end_B, present_B, low, high, keys,
         None, 0, None, 1, 0, 0, B, P, DIM, M, 1, STAGES, UPCAST, DESCRIBED,
     )  # fmt: skip
-    nothing_BM = tl.full([B, 4 * M], float("-inf"), tl.float32)
-    row_F = tl.arange(0, 4 * M)
-    for first in range(begin, low, 4 * M):
-        key_F = first + row_F
-        inside_BM = (key_F < low)[None, :] & present_B[:, None]
-        tl.store(out_ptr_B[:, None] + key_F[None, :], nothing_BM, mask=inside_BM)
-    for first in range(high, finish, 4 * M):
-        key_F = first + row_F
-        inside_BM = (key_F < finish)[None, :] & present_B[:, None]
-        tl.store(out_ptr_B[:, None] + key_F[None, :], nothing_BM, mask=inside_BM)
+    if FILL:
+        nothing_BM = tl.full([B, 4 * M], float("-inf"), tl.float32)
+        row_F = tl.arange(0, 4 * M)
+        for first in range(begin, low, 4 * M):
+            key_F = first + row_F
+            inside_BM = (key_F < low)[None, :] & present_B[:, None]
+            tl.store(out_ptr_B[:, None] + key_F[None, :], nothing_BM, mask=inside_BM)
+        for first in range(high, finish, 4 * M):
+            key_F = first + row_F
+            inside_BM = (key_F < finish)[None, :] & present_B[:, None]
+            tl.store(out_ptr_B[:, None] + key_F[None, :], nothing_BM, mask=inside_BM)
 
 
 def padded_heads(heads: int) -> int:
@@ -239,8 +241,10 @@ def launch(
     shape: dict[str, int] | None = None,
     windows: int = 1,
     described: bool | None = None,
+    fill: bool = True,
 ) -> Tensor:
-    """`windows` splits the keys among programs (few queries); `described` loads key tiles by the bulk copy engine."""
+    """`windows` splits the keys among programs (few queries); `described` loads key tiles by the bulk copy engine;
+    without `fill` a row is undefined outside of its range (widened to whole 16 keys at its start)."""
     tokens, heads, dim = q_THD.shape
     keys = k_SD.shape[0]
     # rows of whole 64 bytes keep the stores of every row aligned
@@ -273,6 +277,7 @@ def launch(
         DIM=dim,
         UPCAST=INTERPRETED,
         DESCRIBED=described,
+        FILL=fill,
         **shape,
     )
     return scores_TS

@@ -1,5 +1,5 @@
-"""Indexer scores and top-k in one kernel: scores go through a chunk that stays in the L2 cache, never through a full
-matrix.
+"""Indexer scores and top-k: in one kernel, whose scores go through a chunk that stays in the L2 cache, never through a
+full matrix; or, where the queries fill a card, in two (`by_rows`), some queries after the others.
 
 A program owns a block of queries and a split of their keys. It scores a chunk of keys into its scratch, then lets each
 query's row pass the threshold into its candidate buffer, as `kernels.topk.triton` does (that file says why the buffer
@@ -25,6 +25,7 @@ from kernels.indexer_scores.triton import (
     score_range,
     tile_shape,
 )
+from kernels.indexer_scores.triton import launch as launch_scores
 from kernels.launch import processors
 from kernels.topk.triton import (
     buffer_sizes,
@@ -35,7 +36,10 @@ from kernels.topk.triton import (
     likely_threshold,
     merge,
     place_rows,
+    select,
 )
+
+SCORES = 1 << 28  # that exist at the same time where rows of them are selected from: 1 GiB
 
 
 @triton.jit
@@ -293,6 +297,38 @@ def launch(
     return position_TK, length_T
 
 
+def by_rows(
+    q_THD: Tensor,
+    k_SD: Tensor,
+    weight_TH: Tensor,
+    key_start_T: Tensor,
+    key_end_T: Tensor,
+    k: int,
+    q_scale_TH: Tensor | None = None,
+    k_scale_S: Tensor | None = None,
+    scores: int = SCORES,
+    shape: dict[str, int] | None = None,
+    sizes: dict[str, int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The same by two kernels, scores and top-k, some queries after the others, so that at most `scores` scores exist.
+
+    Where the queries fill the card this is the faster way: the passing of rows costs the fused kernel more time of the
+    tensor cores than it costs memory to take the scores there and back."""
+    rows = max(1, scores // k_SD.shape[0])
+    parts = []
+    for first in range(0, q_THD.shape[0], rows):
+        here = slice(first, first + rows)
+        part_scale_TH = None if q_scale_TH is None else q_scale_TH[here]
+        scores_TS = launch_scores(
+            q_THD[here], k_SD, weight_TH[here], key_start_T[here], key_end_T[here], part_scale_TH, k_scale_S, shape,
+            fill=False,
+        )  # fmt: skip
+        parts.append(select(scores_TS, k, sizes=sizes, range_T=(key_start_T[here], key_end_T[here])))
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([positions_TK for positions_TK, _ in parts]), torch.cat([lengths_T for _, lengths_T in parts])
+
+
 @torch.library.custom_op("sparseline::indexer_topk", mutates_args=())
 def indexer_topk(
     q_THD: Tensor,
@@ -307,7 +343,10 @@ def indexer_topk(
     """See `kernels.indexer_topk.indexer_topk`; fp32, bf16, fp16 or e4m3."""
     q_scale_TH = q_scale_TH.float().contiguous() if q_scale_TH is not None else None
     k_scale_S = k_scale_S.float() if k_scale_S is not None else None
-    return launch(q_THD, k_SD, weight_TH.contiguous(), key_start_T, key_end_T, k, q_scale_TH, k_scale_S)
+    weight_TH = weight_TH.contiguous()
+    fills = q_THD.shape[0] >= 2 * tile_shape(q_THD)["B"] * processors(q_THD.device)
+    run = by_rows if fills and k_SD.shape[0] > 0 else launch
+    return run(q_THD, k_SD, weight_TH, key_start_T, key_end_T, k, q_scale_TH, k_scale_S)
 
 
 @indexer_topk.register_fake

@@ -233,6 +233,8 @@ def stream(row_ptr, column_WRV, end):
 def topk_kernel(
     score_ptr,
     position_ptr,  # None: a score's position is its column
+    start_ptr,  # None: rows are whole; else columns from start // 16 * 16 to end of each row are read
+    end_ptr,
     out_score_ptr,  # None: only positions are wanted
     out_position_ptr,
     length_ptr,
@@ -258,6 +260,10 @@ def topk_kernel(
         row = (task // splits).to(tl.int64)
         begin = (task % splits) * split_positions
         end = tl.minimum(begin + split_positions, positions)
+        if end_ptr is not None:
+            begin = tl.maximum(begin, tl.load(start_ptr + row).to(tl.int32) // 16 * 16)
+            begin = tl.multiple_of(begin, 16)
+            end = tl.maximum(tl.minimum(end, tl.load(end_ptr + row).to(tl.int32)), begin)
         row_ptr = score_ptr + row * row_stride
         guess = float("-inf")
         if end - begin >= 4 * tl.maximum(SAMPLE, k):
@@ -372,8 +378,11 @@ def select(
     sigmas: float = 3.5,
     per_processor: int | None = None,
     options: dict[str, int] | None = None,
+    range_T: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Launches. `positions_TS` int32 (same strides as the scores) names each score's position, ascending in a row.
+    """Launches. `range_T`: first column of each row, and the one behind its last.
+
+    `positions_TS` int32 (same strides as the scores) names each score's position, ascending in a row.
 
     `splits` parts of a row are selected at the same time and merged: part after part is ascending position again.
     """
@@ -400,6 +409,7 @@ def select(
     topk_kernel[(programs,)](
         scores_TS,
         positions_TS,
+        *(range_T or (None, None)),
         part_score,
         part_position,
         None if splits > 1 else lengths_T,
