@@ -110,11 +110,12 @@ def test_benchmark_counts_the_work_and_compares_with_the_faster_synchronous(tmp_
     assert (got["rollouts"], got["updates"], got["trained_rollouts"]) == (8, 2, 8)
     names = list(benchmark.CASES)
     # data-parallel processes count as no synchronous peer
-    speeds_of_cases = ([4.0, 6.0], [5.0, 3.0], [8.0, 9.0], [6.0, 6.0], [7.5, 9.0])
+    speeds_of_cases = ([4.0, 6.0], [5.0, 3.0], [8.0, 9.0], [6.0, 6.0], [7.5, 9.0], [10.0, 12.0])
     rounds = {
         name: [{**got, "rollouts_per_second": speed} for speed in speeds]
         for name, speeds in zip(names, speeds_of_cases, strict=True)
     }
     rows = benchmark.summarise(rounds)
-    assert [row["in_each_round"] for row in rows] == [[0.8, 1.0], [1.0, 0.5], [1.6, 1.5], [1.2, 1.0], [1.5, 1.5]]
+    told = [[0.8, 1.0], [1.0, 0.5], [1.6, 1.5], [1.2, 1.0], [1.5, 1.5], [2.0, 2.0]]
+    assert [row["in_each_round"] for row in rows] == told
     assert rows[4]["against_the_faster_synchronous"] == 1.5
