@@ -1,7 +1,7 @@
 """One disturbed run: a folder of its own, the command in it, and all that this command started.
 
 As root on Linux each command gets a /tmp and a /dev/shm that only it sees, so that whatever it leaves there is found;
-elsewhere its TMPDIR is watched instead, and what goes to /tmp by a fixed path is not seen.
+elsewhere, and where the program itself lies in /tmp, its TMPDIR is watched instead, and what goes to /tmp by a fixed path is not seen.
 """
 
 from __future__ import annotations
@@ -39,6 +39,13 @@ def may_mount() -> bool:
         return False
     tried = ["unshare", "--mount", "--propagation", "private", "sh", "-c", "mount -t tmpfs tmpfs /mnt"]
     return subprocess.run(tried, capture_output=True).returncode == 0
+
+
+@cache
+def own_tmp() -> bool:
+    """Whether a command gets a /tmp of its own: not where the program itself lies in /tmp, which that would hide."""
+    program = (ROOT, Path(sys.prefix), Path(sys.base_prefix))
+    return may_mount() and not any(place.resolve().is_relative_to("/tmp") for place in program)
 
 
 def own_mounts() -> None:
@@ -83,7 +90,7 @@ class Case:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(drop)}
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         own = {MARK: str(self.folder), "PYTHONPATH": os.pathsep.join(paths), "TMPDIR": str(self.temporary)}
-        if may_mount():
+        if own_tmp():
             own["TMPDIR"] = "/tmp"
         return {**kept, **own, **self.variables}
 
@@ -92,7 +99,7 @@ class Case:
         command = [sys.executable, "-m", "pipelines.cli", "run", "--profile", self.profile, "--runs", str(self.runs)]
         command += ["--store", self.store] if self.store else []
         command += [word for one in self.settings for word in ("--set", one)]
-        if may_mount():
+        if own_tmp():
             private = ["unshare", "--mount", "--propagation", "private", "sh", "-c", _PRIVATE, "case"]
             command = [*private, str(self.temporary), str(self.shared), *command]
         with self.log.open("ab") as log:
