@@ -1,8 +1,8 @@
 """One disturbed run: a folder of its own, the command in it, and all that this command started.
 
 As root on Linux each command gets a /tmp and a /dev/shm that only it sees, so that whatever it leaves there is found;
-elsewhere, and where the program itself lies in /tmp, its TMPDIR is watched instead, and what goes to /tmp by a fixed path
-is not seen.
+elsewhere, and where the program itself lies in /tmp, its TMPDIR is watched instead, and what goes to /tmp by a fixed
+path is not seen.
 """
 
 from __future__ import annotations
