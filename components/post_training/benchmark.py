@@ -5,8 +5,7 @@
 
 Each schedule plays and trains the same number of batches from the same checkpoint, without validation: synchronous in
 one process with 1 and with 2 threads, synchronous in two data-parallel processes, and one step off and asynchronous
-with rollout workers and the learner, 1 thread each. Two rollout workers leave no core idle while the learner waits for
-a batch, nor while its own step is the shorter half. Rounds take turns, so that what else the machine does meets all
+with one rollout worker, or two, and the learner, 1 thread each. Rounds take turns, so that what else the machine does meets all
 alike. Starting processes and Ray is not counted.
 """
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 
 from components.post_training.config import PostTrainingConfig
-from components.post_training.learner import logprobs, pack_trajectories
+from components.post_training.learner import RolloutBatch, logprobs, pack_trajectories
 from model import PackedContext, Transformer
 from model.context import Context
 from model.engine import Engine, SamplingParameters, Trajectory
@@ -39,6 +39,18 @@ class Divergence:
     detail: str
 
 
+def _packed(model: Transformer, trajectory: Trajectory, config: PostTrainingConfig) -> RolloutBatch:
+    """The trajectory alone, with the choices that training keeps."""
+    return pack_trajectories(
+        [trajectory],
+        [0.0],
+        model.config.vocab_size,
+        keep_routing=config.keep_routing,
+        keep_sampling_masks=config.keep_sampling_masks,
+        keep_selection=config.keep_selection,
+    )
+
+
 @dataclass
 class Trace:
     """What a forward did: hidden_LTC, and by layer and token the keys it selected and the experts it chose."""
@@ -54,14 +66,7 @@ def gaps(model: Transformer, trajectory: Trajectory, config: PostTrainingConfig)
 
     The learner keeps the trajectory's choices as it does in training.
     """
-    batch = pack_trajectories(
-        [trajectory],
-        [0.0],
-        model.config.vocab_size,
-        keep_routing=config.keep_routing,
-        keep_sampling_masks=config.keep_sampling_masks,
-        keep_selection=config.keep_selection,
-    )
+    batch = _packed(model, trajectory, config)
     with torch.no_grad():
         learned_R, _ = logprobs(model, batch, keep_routing=config.keep_routing, keep_selection=config.keep_selection)
     return trajectory.sampled.nonzero().flatten(), (batch.old_logprob_R - learned_R).abs()
@@ -114,14 +119,7 @@ def diverge(
 
 def learner_trace(model: Transformer, trajectory: Trajectory, config: PostTrainingConfig) -> Trace:
     """The learner's forward over the whole sequence, with the choices that training keeps."""
-    batch = pack_trajectories(
-        [trajectory],
-        [0.0],
-        model.config.vocab_size,
-        keep_routing=config.keep_routing,
-        keep_sampling_masks=config.keep_sampling_masks,
-        keep_selection=config.keep_selection,
-    )
+    batch = _packed(model, trajectory, config)
     context = PackedContext.from_lengths(batch.lengths, device=model.lm_head.weight.device)
     context.kept_routing, context.kept_selections = batch.routing, batch.selections
     context.record_selections = True
