@@ -5,8 +5,8 @@
 
 Each schedule plays and trains the same number of batches from the same checkpoint, without validation: synchronous in
 one process with 1 and with 2 threads, synchronous in two data-parallel processes, and one step off and asynchronous
-with one rollout worker, or two, and the learner, 1 thread each. Rounds take turns, so that what else the machine does meets all
-alike. Starting processes and Ray is not counted.
+with one rollout worker, or two, and the learner, 1 thread each. Rounds take turns, so that what else
+the machine does meets all alike. Starting processes and Ray is not counted.
 """
 
 from __future__ import annotations
