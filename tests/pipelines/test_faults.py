@@ -79,6 +79,7 @@ def test_processes_of_a_case_are_found_even_when_they_lost_their_parent(tmp_path
     assert case.remaining() == []
 
 
+@pytest.mark.slow
 def test_a_moved_clock_moves_the_wall_clock_alone(tmp_path):
     program = """
 import datetime, pickle, sys, time

@@ -108,6 +108,7 @@ def test_the_version_of_the_sources_is_uploaded_once_and_used_again(api):
         assert [one["display_name"] for one in state.experiments.values()] == ["sparseline"]
 
 
+@pytest.mark.slow
 def test_a_version_is_found_among_many(api, tmp_path):
     server, retraining = connect(api[1]), catalogue.PIPELINES["retraining"]
     first = find_version(server, retraining, "micro")

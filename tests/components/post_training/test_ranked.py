@@ -98,6 +98,7 @@ def same(first, second):
     return all(torch.equal(x, y) for x, y in zip(first.values(), second.values(), strict=True))
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does_and_the_same_every_time(play, inputs):
     one, one_ledger, _ = play("one", processes=1)
     two, two_ledger, weights = play("two")
