@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -135,3 +135,14 @@ def describe(view: StageView) -> str:
             parts.append(f"{duration(view.left)} left")
     parts += [f"{name} {value:.4g}" for name, value in view.values.items()]
     return "  ".join(parts)
+
+
+def marked_table(name: str, detail: str, rows: Iterable[tuple[str, str, str]]) -> Table:
+    """What was looked at, a row each: a mark, its name, what was found. `name` and `detail` head the last columns."""
+    made = Table(title_justify="left", show_edge=False)
+    made.add_column("")
+    made.add_column(name, no_wrap=True)
+    made.add_column(detail, overflow="fold")
+    for row in rows:
+        made.add_row(*row)
+    return made

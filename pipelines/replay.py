@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from components.post_training.config import PostTrainingConfig
 from components.post_training.measurements import Material
-from components.post_training.records import ABOUT, DIGESTS
-from components.post_training.replay import Finding, read_record, replay
+from components.post_training.records import ABOUT, DIGESTS, recorded
+from components.post_training.replay import read_record, replay
 from components.runtime import artifacts, errors
 from components.runtime.contracts import Pointer
 from components.runtime.errors import InputError
 from components.runtime.settings import Settings
 from components.runtime.stage import parse_config
+from pipelines.display import marked_table
 from pipelines.run import only_run, open_or_embed
 from pipelines.runs import named
 
@@ -62,7 +62,8 @@ def replay_step(settings: Settings, run: str, step: int, console: Console) -> in
         for finding in replay(read_record(place, material), material, step, digests):
             console.print(f"{_MARKS[finding.holds] or 'not compared'}: {finding.name}", soft_wrap=True)
             findings.append(finding)
-    console.print(table(findings))
+    rows = [(_MARKS[finding.holds], finding.name, finding.detail) for finding in findings]
+    console.print(marked_table("compared", "found", rows))
     return EXIT_DIFFERENT if any(finding.holds is False for finding in findings) else 0
 
 
@@ -75,11 +76,7 @@ def records_of(directory: Path) -> dict[int, Pointer]:
     if not path.is_file():
         raise InputError(f"{path} does not exist: the run has no post-training that came to its end")
     outputs = json.loads(path.read_text())["outputs"]
-    found = {
-        int(name.removeprefix("step_")): Pointer(**pointer)
-        for name, pointer in outputs.items()
-        if name.startswith("step_")
-    }
+    found = recorded({name: Pointer(**pointer) for name, pointer in outputs.items()})
     if not found:
         raise InputError(f"{directory} has no recorded step; train with post_training.record_every above 0")
     return found
@@ -89,13 +86,3 @@ def digests_of(directory: Path) -> list[dict[str, Any]]:
     """What the training noted of every step."""
     path = directory / "artifacts" / DIGESTS
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-
-
-def table(findings: list[Finding]) -> Table:
-    made = Table(title_justify="left", show_edge=False)
-    made.add_column("")
-    made.add_column("compared", no_wrap=True)
-    made.add_column("found", overflow="fold")
-    for finding in findings:
-        made.add_row(_MARKS[finding.holds], finding.name, finding.detail)
-    return made

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from components.evaluation.checks import Bundle, Check, check
 from components.evaluation.gate import VERDICT_FILE, GateConfig
@@ -25,6 +24,7 @@ from components.runtime.object_store import ObjectStore, key_of
 from components.runtime.registry import Registry
 from components.runtime.settings import Settings
 from components.runtime.task_set import read_long_tasks, read_tasks
+from pipelines.display import marked_table
 from pipelines.run import only_run, open_or_embed
 
 EXIT_UNVERIFIED = errors.EXIT_REJECTED
@@ -42,20 +42,11 @@ def verify(settings: Settings, model: str, *, sample: int, seed: int, console: C
     with only_run(settings.runs), open_or_embed(settings) as (_, store):
         console.print(f"{version.name} version {version.version}, checkpoint {version.pointer.uri}", soft_wrap=True)
         checks = list(checks_of(store, version.pointer, sample=sample, seed=seed))
-    console.print(table(checks))
+    rows = [("ok" if found.holds else "FAILS", found.name, found.detail) for found in checks]
+    console.print(marked_table("check", "numbers", rows))
     failed = [found.name for found in checks if not found.holds]
     console.print(f"does not verify: {', '.join(failed)}" if failed else "everything verifies", soft_wrap=True)
     return EXIT_UNVERIFIED if failed else 0
-
-
-def table(checks: list[Check]) -> Table:
-    made = Table(title_justify="left", show_edge=False)
-    made.add_column("")
-    made.add_column("check", no_wrap=True)
-    made.add_column("numbers", overflow="fold")
-    for found in checks:
-        made.add_row("ok" if found.holds else "FAILS", found.name, found.detail)
-    return made
 
 
 def decision(store: ObjectStore, checkpoint: Pointer) -> Pointer:

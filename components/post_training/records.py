@@ -30,6 +30,7 @@ from model.engine import Trajectory
 
 LAYOUT = 1  # of a record; counted up whenever it changes
 STATE, ABOUT, DIGESTS = "step.pt", "about.json", "steps.jsonl"
+_NAME = "step_"  # how the outputs that are records begin
 _EXACT = ("token_ids", "sampled", "logprobs", "weight_versions", "routing")
 
 
@@ -141,12 +142,12 @@ class StepRecorder:
             path = self.context.work_dir / DIGESTS
             path.write_text("".join(json.dumps(one) + "\n" for one in self.digests))
             self.context.tracker.artifact(path)
-        return {output_name(number): pointer for number, pointer in self.steps.items()}
+        return {f"{_NAME}{number}": pointer for number, pointer in self.steps.items()}
 
 
-def output_name(number: int) -> str:
-    """Under which a stage's summary lists the record of a step among its outputs."""
-    return f"step_{number}"
+def recorded(outputs: Mapping[str, Pointer]) -> dict[int, Pointer]:
+    """The records among a stage's outputs, by number of the step: the inverse of `StepRecorder.finish`."""
+    return {int(name.removeprefix(_NAME)): pointer for name, pointer in outputs.items() if name.startswith(_NAME)}
 
 
 def group_to_plain(group: PlayedGroup) -> dict[str, Any]:

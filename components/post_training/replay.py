@@ -136,7 +136,7 @@ def _replay(
     yield agreement(record, learner.model, worker.model, worker.engine.stop_token_id)
     flow, pool = Flow(config, sampler, Ledger()), LocalPool(worker)
     batches = synchronous(config, pool, flow, lambda: learner.version, record.step - 1)
-    known = {one["step"]: one for one in digests}
+    known = {record.step: record.about, **{one["step"]: one for one in digests}}
     for step in range(record.step - 1, until):
         number = step + 1
         if config.schedule == "synchronous":
@@ -157,8 +157,7 @@ def _replay(
                 pool.publish(learner.version)
             if number > record.step:
                 yield same_digest(f"rollouts of step {number}", rollouts_digest(batch.played), known, number)
-        expected = {record.step: record.about, **known}
-        yield same_digest(f"weights after step {number}", weights_digest(learner.model), expected, number)
+        yield same_digest(f"weights after step {number}", weights_digest(learner.model), known, number)
 
 
 def surroundings(record: Record) -> Iterator[Finding]:
@@ -219,6 +218,7 @@ def agreement(record: Record, model: Transformer, engine_model: Transformer, sto
     """Whether the learner gives the recorded rollouts the engine's log-probabilities, with the weights of both."""
     name, worst = "engine against learner", 0.0
     version = record.about["version"]
+    model.eval()
     for group in record.trained:
         for index, episode in enumerate(group.episodes):
             trajectory = episode.trajectory
@@ -226,7 +226,6 @@ def agreement(record: Record, model: Transformer, engine_model: Transformer, sto
                 continue
             if bool((trajectory.weight_versions[trajectory.sampled] != version).any()):
                 continue  # sampled by older weights, which are not recorded
-            model.eval()
             _, gap_R = gaps(model, trajectory, record.config)
             worst = max(worst, float(gap_R.max()))
             if not worst <= GAP:

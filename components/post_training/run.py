@@ -108,7 +108,9 @@ def follow(ranks: Ranks, config: PostTrainingConfig, start: Path, names: list[st
     worker = RolloutWorker(config, model, load_tokenizer(start), installed(names), longest, ranks)
     while order := ranks.deal(None):
         if order[0] == "play":
-            ranks.to_first(worker.play_share(*order[1:]))
+            _, share, version = order
+            worker.load(version)
+            ranks.to_first(worker.play_share(share))
         elif order[0] == "load":
             learner.take_state(*order[1:])
         else:

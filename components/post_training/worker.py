@@ -90,15 +90,12 @@ class RolloutWorker:
         """
         pairs = list(zip(tasks, seeds, strict=True))
         orders = [("play", share, self.version) for share in self.ranks.shares(pairs)]
-        _, share, version = self.ranks.deal(orders)
-        parts = self.ranks.to_first(self.play_share(share, version))
+        _, share, _ = self.ranks.deal(orders)
+        parts = self.ranks.to_first(self.play_share(share))
         return [parts[index % self.ranks.size][index // self.ranks.size] for index in range(len(pairs))]
 
-    def play_share(self, pairs: Sequence[tuple[TaskRecord, int]], version: int) -> list[EpisodeResult]:
-        """This rank's part of `episodes`. A rank above 0 takes the weights of `version` from its learner first; rank 0
-        plays with what it was given by `load`, which need not be its learner's newest."""
-        if self.ranks.rank:
-            self.load(version)
+    def play_share(self, pairs: Sequence[tuple[TaskRecord, int]]) -> list[EpisodeResult]:
+        """This rank's part of `episodes`, with the weights of the last `load`, which need not be the newest."""
         self.model.eval()
         tasks = [task for task, _ in pairs]
         unfit = {
