@@ -87,7 +87,8 @@ class Case:
         return self.folder / "command.log"
 
     def environment(self) -> dict[str, str]:
-        drop = ("SPARSELINE_", "AWS_", "MLFLOW_", "RAY_")
+        # TORCHINDUCTOR_CACHE_DIR is set by PyTorch itself, in whatever process imported its compiler.
+        drop = ("SPARSELINE_", "AWS_", "MLFLOW_", "RAY_", "TORCHINDUCTOR_")
         kept = {name: value for name, value in os.environ.items() if not name.startswith(drop)}
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         own = {MARK: str(self.folder), "PYTHONPATH": os.pathsep.join(paths), "TMPDIR": str(self.temporary)}

@@ -65,6 +65,13 @@ def test_a_gate_passes_on_refuses_and_hangs(echo):
     gate.close()
 
 
+def test_a_case_knows_nothing_of_the_process_that_starts_it(tmp_path, monkeypatch):
+    """PyTorch sets the last one by itself; a case that inherits it has a cache outside its temporary directory."""
+    for name in ("SPARSELINE_STORE", "AWS_ACCESS_KEY_ID", "TORCHINDUCTOR_CACHE_DIR"):
+        monkeypatch.setenv(name, "/elsewhere")
+    assert "/elsewhere" not in Case(tmp_path, "micro").environment().values()
+
+
 def test_processes_of_a_case_are_found_even_when_they_lost_their_parent(tmp_path):
     case, other = Case(tmp_path / "a", "micro"), Case(tmp_path / "b", "micro")
     program = "import os, sys, time; os.fork() or (os.setsid(), print(os.getpid(), flush=True), time.sleep(600))"
