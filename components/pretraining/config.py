@@ -17,7 +17,7 @@ class PhaseConfig(BaseModel):
         0.0, ge=0, le=1, description="share of the phase over which documents grow from the shortest to all lengths"
     )
     learning_rate: float = Field(gt=0, description="peak learning rate of AdamW: embedding, head, routers, vectors")
-    matrix_learning_rate: float = Field(8e-3, gt=0, description="peak learning rate of Muon: the network's matrices")
+    matrix_learning_rate: float = Field(3e-3, gt=0, description="peak learning rate of Muon: the network's matrices")
     indexer_learning_rate: float = Field(1e-3, gt=0, description="learning rate of the lightning indexer")
     warmup_steps: int = Field(20, ge=0, description="steps of linear warm-up of the learning rate")
     final_share: float = Field(0.1, ge=0, le=1, description="learning rate at the end, as a share of the peak (cosine)")

@@ -1,6 +1,6 @@
 """Records of the task set -> token ids and loss weights, and the order in which they are seen.
 
-A batch holds sequences of one kind and of similar length: its attention is padded to the longest.
+A batch holds sequences of one kind (demonstrations or documents).
 """
 
 from __future__ import annotations
@@ -84,8 +84,10 @@ def pack(examples: Sequence[Example]) -> Batch:
 
 
 class Stream:
-    """Endless batches of about `tokens` tokens: shuffled epochs, neighbours by length within windows.
+    """Endless batches of about `tokens` tokens: shuffled epochs, without regard to length or family.
 
+    Batches of neighbours by length would need no padding, but their gradients depend on which lengths, and hence on
+    which families, come together: after as many steps the loss is higher, most of all that of documents.
     With a curriculum, only the shortest share of the examples is drawn from at first (see `next`).
     """
 
@@ -120,20 +122,16 @@ class Stream:
             self._taken = state["taken"]
 
     def _epoch(self, examples: Sequence[Example]) -> list[list[Example]]:
-        order = torch.randperm(len(examples), generator=self.generator).tolist()
-        parts: list[list[Example]] = []
-        for start in range(0, len(order), 1024):
-            window = sorted((examples[index] for index in order[start : start + 1024]), key=_length)
-            part: list[Example] = []
-            used = 0
-            for example in window:
-                if part and used + _length(example) > self.tokens:
-                    parts.append(part)
-                    part, used = [], 0
-                part.append(example)
-                used += _length(example)
-            parts.append(part)
-        return [parts[index] for index in torch.randperm(len(parts), generator=self.generator).tolist()]
+        parts: list[list[Example]] = [[]]
+        used = 0
+        for index in torch.randperm(len(examples), generator=self.generator).tolist():
+            length = _length(examples[index])
+            if parts[-1] and used + length > self.tokens:
+                parts.append([])
+                used = 0
+            parts[-1].append(examples[index])
+            used += length
+        return [sorted(part, key=_length) for part in parts]  # what ranks take in turn costs about the same
 
 
 def _length(example: Example) -> int:
