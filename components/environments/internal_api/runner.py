@@ -17,11 +17,19 @@ def source_of(program: str) -> str:
     return "\n".join(line.strip() for line in program.split(";"))
 
 
-@lru_cache(maxsize=20_000)
 def run_program(library: str, program: str) -> str:
-    """What the program prints, in words: a number, or `error program`, `error output`, `error time`.
+    """What the program prints, in words: a number, or `error program`, `error output`, `error time`."""
+    try:
+        return _run_once(library, program)
+    except TimeoutError:
+        return "error time"
 
-    Programs and libraries are deterministic, so the same pair is run once.
+
+@lru_cache(maxsize=20_000)
+def _run_once(library: str, program: str) -> str:
+    """As `run_program`. Programs and libraries are deterministic, so the same pair is run once.
+
+    Raises TimeoutError when the wall clock ended the program: the machine may have been busy, so that is not kept.
     """
     try:
         ast.parse(source_of(program))
@@ -30,8 +38,10 @@ def run_program(library: str, program: str) -> str:
     result = _SANDBOX.run(f"from {MODULE} import *\n{source_of(program)}", {f"{MODULE}.py": library})
     if result.ended == "fault":
         raise RuntimeError(f"the sandbox failed: {result.output}")
+    if result.ended == "time":
+        raise TimeoutError
     if not result.ok:
-        return "error time" if result.ended in ("cpu", "time") else "error program"
+        return "error time" if result.ended == "cpu" else "error program"
     words = result.output.split()
     return words[0] if len(words) == 1 and words[0] in NUMBERS else "error output"
 
