@@ -22,8 +22,8 @@ NAME = "sparseline-training"
 DESCRIPTION = """Turns synthesised agentic tasks into a better long-context agent model with DeepSeek Sparse Attention.
 
 Parameters: `base_checkpoint` (pointer to a checkpoint to start from, JSON; empty: train a small base first);
-`champion` (pointer to the model that serves now, JSON; empty: there is none); `champion_version` (its version in the
-model registry); `seed` (of everything random)."""
+`champion` (pointer to the model that serves now, JSON; empty: there is none, and promotion refuses where the registry
+has one); `champion_version` (its version in the model registry); `seed` (of everything random)."""
 
 
 def training_pipeline(baked: dict[str, dict[str, str]], prepare: Callable[[str, Any], None]) -> Any:

@@ -8,8 +8,9 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict
 
 from components.evaluation.gate import read_verdict
-from components.runtime.contracts import Pointer
-from components.runtime.registry import Registry
+from components.runtime.contracts import GateVerdict, Pointer
+from components.runtime.errors import InputError
+from components.runtime.registry import CHAMPION, Registry
 from components.runtime.settings import Settings
 from components.runtime.stage import StageContext, StageResult
 
@@ -24,12 +25,14 @@ def run(config: PromotionConfig, context: StageContext, inputs: dict[str, Pointe
     """Stage `promotion`. inputs: verdict; outputs: champion (the checkpoint that serves from now on).
 
     With the verdict `unchanged` the candidate is the champion already and no alias moves. Raises ValueError for a
-    rejected candidate, InputError when the registry cannot be reached.
+    rejected candidate, InputError when the registry cannot be reached or its champion is another than the gate knew.
     """
     verdict = read_verdict(context, inputs["verdict"])
     if verdict.verdict == "rejected":
         raise ValueError(f"the gate rejected {verdict.candidate.uri}; a rejected candidate is never promoted")
-    version = Registry(Settings.read()).promote(verdict.candidate)
+    registry = Registry(Settings.read())
+    check_champion(registry, verdict)
+    version = registry.promote(verdict.candidate)
     context.progress.note(f"models:/{version.name}@champion is version {version.version} ({verdict.verdict})")
     summary = {
         "model": version.name,
@@ -38,3 +41,18 @@ def run(config: PromotionConfig, context: StageContext, inputs: dict[str, Pointe
         "champion_sha256": version.pointer.sha256,
     }
     return StageResult({"champion": version.pointer}, summary)
+
+
+def check_champion(registry: Registry, verdict: GateVerdict) -> None:
+    """Raises InputError when what serves now is not what the gate compared the candidate with.
+
+    That is so when another run was faster, and when a training was started without naming the champion.
+    """
+    champion = registry.alias(CHAMPION)
+    if champion and champion.pointer.sha256 not in (verdict.candidate.sha256, verdict.baseline.sha256):
+        raise InputError(
+            f"{registry.uri(CHAMPION)} is version {champion.version} ({champion.pointer.sha256[:12]}), but the gate "
+            f"compared the candidate with {verdict.baseline.uri} ({verdict.baseline.sha256[:12]}): give this champion "
+            "as `champion` and `champion_version`, as `sparseline submit` does, and run again; only the comparison, "
+            "the gate and what follows are repeated"
+        )

@@ -9,6 +9,7 @@ import pytest
 from components.evaluation import promotion
 from components.evaluation.gate import VERDICT_FILE
 from components.runtime.contracts import GateVerdict, Pointer
+from components.runtime.errors import InputError
 from components.runtime.object_store import open_store
 from components.runtime.progress import Progress
 from components.runtime.registry import Registry
@@ -56,6 +57,10 @@ def test_aliases_move_once_and_the_old_champion_stays_reachable(
     assert (champion.pointer, previous.pointer) == (b, a)
 
     assert promote("unchanged", b, b)["moved"] is False
+    assert (registry.alias("champion"), registry.alias("previous")) == (champion, previous)
+
+    with pytest.raises(InputError, match=r"version 2 .* compared the candidate with file:///a .*champion_version"):
+        promote("promoted", checkpoint("c"), a)  # b was faster, or the gate was never told of b
     assert (registry.alias("champion"), registry.alias("previous")) == (champion, previous)
 
     rejected = verdict_pointer(context, "rejected", checkpoint("c"), b)
