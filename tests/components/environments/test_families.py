@@ -18,11 +18,11 @@ from components.environments.internal_api.programs import parse_program as parse
 from components.environments.ledger_tieout import LedgerTieout
 from components.environments.ledger_tieout.company import SECTIONS, build_company
 from components.environments.ledger_tieout.report import render
-from components.environments.sandbox import refusal
 from components.environments.trip_planning import TripPlanning
 from components.environments.trip_planning.world import build_world as build_trips
 from components.runtime.contracts import ToolCall
 from components.synthesis.battery import Battery, constant_submissions
+from tests.components.environments.marks import runs_code
 
 FAMILIES = {family.name: family for family in (TripPlanning(), LedgerTieout(), CompiledEnvironments(), InternalApi())}
 
@@ -46,7 +46,6 @@ def tasks():
     return Tasks()
 
 
-runs_code = pytest.mark.skipif(bool(refusal()), reason="this kernel refuses the sandbox's namespaces")
 every_family = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=runs_code) if name == "internal_api" else name for name in sorted(FAMILIES)]
 )

@@ -3,9 +3,10 @@
 import pytest
 
 from components.environments.internal_api import runner
-from components.environments.sandbox import Sandbox, SandboxLimits, refusal
+from components.environments.sandbox import Sandbox, SandboxLimits
+from tests.components.environments.marks import runs_code
 
-pytestmark = pytest.mark.skipif(bool(refusal()), reason="this kernel refuses the sandbox's namespaces")
+pytestmark = runs_code
 
 
 def test_a_program_that_a_busy_machine_made_late_is_tried_again(monkeypatch):

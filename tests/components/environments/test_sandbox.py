@@ -11,11 +11,12 @@ import time
 import psutil
 import pytest
 
-from components.environments.sandbox import Sandbox, SandboxLimits, refusal
+from components.environments.sandbox import Sandbox, SandboxLimits
 from components.environments.sandbox.syscalls import REFUSED, filter_program
 from tests.components.environments.hostile import HOSTILE
+from tests.components.environments.marks import runs_code
 
-pytestmark = pytest.mark.skipif(bool(refusal()), reason="this kernel refuses the sandbox's namespaces")
+pytestmark = runs_code
 LIMITS = SandboxLimits(
     wall_seconds=2.0, cpu_seconds=1, memory_bytes=128 << 20, disk_bytes=2 << 20, output_bytes=2 << 10
 )
