@@ -12,20 +12,26 @@ variant with one seed; rows that the output already holds for the same settings 
 - gradient_variance: of a batch's gradient, from its two halves at the same weights, over its squared length.
 - masked_share: of sequences, by the off-policy sequence mask.
 - pass_at_1_before, pass_at_1: sampled, on the validation split, with a float32 engine; final weights, not the best.
+- pass_at_1_cool, pass_at_1_greedy: the same at temperature 0.3 and greedily. A policy that has merely become surer of
+  what it would have said anyway gains at temperature 1 and not there.
+- entropy: nats per sampled token, mean of the last five batches.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import json
 import math
+import multiprocessing
 import random
 import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +48,7 @@ from components.post_training.validation import validate
 from components.post_training.worker import RolloutWorker
 from components.runtime.contracts import digest
 from components.runtime.errors import InputError, exit_code
+from components.runtime.processes import die_with_parent
 from components.runtime.result_file import frame
 from components.runtime.stage import parse_config, read_yaml, write_json
 
@@ -58,7 +65,19 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], int, bool]] = {
     NUCLEUS: (BASE, {"top_p": 0.9}, 0, False),
     "no mask replay, top-p 0.9": (NUCLEUS, {"top_p": 0.9, "keep_sampling_masks": False}, 0, False),
 }
-COLUMNS = ("ratio_bias", "ratio_spread", "gradient_variance", "masked_share", "pass_at_1_before", "pass_at_1")
+COLUMNS = (
+    "ratio_bias",
+    "ratio_spread",
+    "gradient_variance",
+    "masked_share",
+    "entropy",
+    "pass_at_1_before",
+    "pass_at_1",
+    "pass_at_1_cool",
+    "pass_at_1_greedy",
+)
+DIFFERENCES = {"difference": "pass_at_1", "difference_cool": "pass_at_1_cool", "difference_greedy": "pass_at_1_greedy"}
+COOL = 0.3  # the temperature that validation mostly finds best for the policy before RL
 GRADIENT_EVERY = 5  # batches between two measurements of the gradient's variance
 # two-sided 95% quantiles of Student's t, by degrees of freedom
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -117,7 +136,13 @@ def row(material: Material, variant: str, seed: int, base: PostTrainingConfig) -
     flow = Flow(config, PromptSampler(material.tasks, config.group_size, f"{seed}/ablations"), ledger)
     pool = LaggingPool(worker, lag)
     rng, aside = random.Random(f"{seed}/update"), random.Random(f"{seed}/gradient")
-    before = validate(validator, material.validation).macro
+
+    def pass_at_1(temperature: float) -> float:
+        sampling = dataclasses.replace(validator.policy.sampling, temperature=temperature)
+        validator.policy.sampling = sampling
+        return validate(validator, material.validation).macro
+
+    before = pass_at_1(1.0)
     learned: list[dict[str, float]] = []
     variances: list[float] = []
     rewards: list[float] = []
@@ -151,7 +176,9 @@ def row(material: Material, variant: str, seed: int, base: PostTrainingConfig) -
         "gradient_variance": mean(variances),
         "masked_share": mean([one["masked_share"] for one in learned]),
         "pass_at_1_before": before,
-        "pass_at_1": validate(validator, material.validation).macro,
+        "pass_at_1": pass_at_1(1.0),
+        "pass_at_1_cool": pass_at_1(COOL),
+        "pass_at_1_greedy": pass_at_1(0.0),
         "reward": mean(rewards),
         "kl": mean([one["kl"] for one in learned[-5:]]),
         "entropy": mean([one["entropy"] for one in learned[-5:]]),
@@ -162,9 +189,9 @@ def row(material: Material, variant: str, seed: int, base: PostTrainingConfig) -
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A line per variant: means over the seeds, and the difference of pass@1 to what it is compared with.
+    """A line per variant: means over the seeds, and the differences of pass@1 to what it is compared with.
 
-    The interval is Student's, over the differences of the same seeds; "null" where it holds 0 or there is only one.
+    The intervals are Student's, over the differences of the same seeds; "null" where it holds 0 or there is only one.
     """
     lines = []
     for variant, (other, *_) in VARIANTS.items():
@@ -175,10 +202,11 @@ def table(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         for column in COLUMNS:
             found = [one[column] for one in own.values() if one[column] is not None]
             line[column] = round(statistics.fmean(found), 6) if found else None
-        base = {one["seed"]: one["pass_at_1"] for one in rows if one["variant"] == other}
-        differences = [own[seed]["pass_at_1"] - base[seed] for seed in sorted(own) if seed in base]
-        if differences:
-            line["difference"] = interval(differences)
+        base = {one["seed"]: one for one in rows if one["variant"] == other}
+        both = sorted(own.keys() & base.keys())
+        for name, column in DIFFERENCES.items():
+            if both:
+                line[name] = interval([own[seed][column] - base[seed][column] for seed in both])
         lines.append(line)
     return lines
 
@@ -206,7 +234,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=60, help="rollout batches")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = as torch chooses")
+    parser.add_argument("--processes", type=int, default=1, help="rows made side by side")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads of each; 0 = as torch chooses")
     parser.add_argument("--output", type=Path, required=True, help="result file (JSON), gone on with where it exists")
     options = parser.parse_args(arguments)
     try:
@@ -222,25 +251,67 @@ def run(options: argparse.Namespace) -> None:
     for name in ("tasks", "checkpoint"):
         if len(getattr(options, name)) not in (1, len(seeds)):
             raise InputError(f"--{name} takes one folder or one for each of the {len(seeds)} seeds")
-    if options.threads:
-        torch.set_num_threads(options.threads)
     values = {**(read_yaml(options.config) if options.config else {}), "steps": options.steps}
     base = parse_config(PostTrainingConfig, values, str(options.config or "the configuration"))
     rows = kept_rows(options.output)
+    jobs = []
     for index, seed in enumerate(seeds):
         tasks, checkpoint = (found[index % len(found)] for found in (options.tasks, options.checkpoint))
-        material = Material(tasks, checkpoint, base)
+        Material(tasks, checkpoint, base)  # what does not fit together is told now
         for variant in options.variants:
             settings = digest([base.model_dump(mode="json"), VARIANTS[variant], identity(tasks), identity(checkpoint)])
-            if any((one["variant"], one["seed"], one["settings"]) == (variant, seed, settings) for one in rows):
-                continue
-            started = time.monotonic()
-            made = {**row(material, variant, seed, base), "settings": settings}
-            made["seconds"] = round(time.monotonic() - started, 1)
-            rows = [one for one in rows if (one["variant"], one["seed"]) != (variant, seed)] + [made]
-            options.output.parent.mkdir(parents=True, exist_ok=True)
-            write_json(options.output, {**frame(command(options), PACKAGES), "table": table(rows), "rows": rows})
-            print(json.dumps({name: made[name] for name in ("variant", "seed", *COLUMNS, "seconds")}), flush=True)
+            if not any((one["variant"], one["seed"], one["settings"]) == (variant, seed, settings) for one in rows):
+                jobs.append(Job(tasks, checkpoint, variant, seed, base, settings))
+    changed = base.model_dump(mode="json", exclude_defaults=True)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    for made in made_rows(jobs, options.processes, options.threads):
+        rows = [one for one in rows if (one["variant"], one["seed"]) != (made["variant"], made["seed"])] + [made]
+        result = {"configuration": changed, "table": table(rows), "rows": rows}
+        write_json(options.output, {**frame(command(options), PACKAGES), **result})
+        print(json.dumps({name: made[name] for name in ("variant", "seed", *COLUMNS, "seconds")}), flush=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A row to be made. settings: digest of what it depends on."""
+
+    tasks: Path
+    checkpoint: Path
+    variant: str
+    seed: int
+    base: PostTrainingConfig
+    settings: str
+
+    def __call__(self) -> dict[str, Any]:
+        started = time.monotonic()
+        made = row(Material(self.tasks, self.checkpoint, self.base), self.variant, self.seed, self.base)
+        return {**made, "settings": self.settings, "seconds": round(time.monotonic() - started, 1)}
+
+
+def made_rows(jobs: Sequence[Callable[[], dict[str, Any]]], processes: int, threads: int) -> Iterator[dict[str, Any]]:
+    """Rows as they are ready, `processes` made side by side."""
+    if processes == 1:
+        _begin(threads)
+        yield from (job() for job in jobs)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, spawn, _begin_worker, (threads,)) as pool:
+        try:
+            for future in as_completed([pool.submit(job) for job in jobs]):
+                yield future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _begin(threads: int) -> None:
+    if threads:
+        torch.set_num_threads(threads)
+
+
+def _begin_worker(threads: int) -> None:
+    die_with_parent()
+    _begin(threads)
 
 
 def command(options: argparse.Namespace) -> str:

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -97,11 +98,24 @@ def test_rows_that_are_there_are_kept_and_missing_ones_are_made(tmp_path, inputs
     assert [one["variant"] for one in both["table"]] == ["all stabilisers", "no sequence masking, 4 steps stale"]
     assert both["rows"][1]["staleness"] == 0.5  # of two batches the second is one version old
     assert both["rows"][0]["groups"]["trained"] == 4
+    assert both["configuration"] == {
+        "prompts": 2, "group_size": 2, "turn_tokens": 6, "validation_tasks": 2, "steps": 2
+    }  # fmt: skip
+    lines = {one["variant"]: one for one in both["table"]}
+    assert lines["no sequence masking, 4 steps stale"].get("difference") is None  # what it is compared with is missing
     again = run("all stabilisers", steps=1)  # other settings: made anew
     assert again["rows"][-1]["settings"] != first["rows"][0]["settings"]
     output.write_text("[]")
     with pytest.raises(InputError, match="is no result of this command"):
         ablations.kept_rows(output)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_rows_are_made_side_by_side_and_a_failed_one_ends_all(processes):
+    jobs = [partial(dict, seed=seed) for seed in range(3)]
+    assert sorted(made["seed"] for made in ablations.made_rows(jobs, processes, 1)) == [0, 1, 2]
+    with pytest.raises(ZeroDivisionError):
+        list(ablations.made_rows([partial(divmod, 1, 0)], processes, 1))
 
 
 def test_benchmark_counts_the_work_and_compares_with_the_faster_synchronous(tmp_path, material):

@@ -1,5 +1,6 @@
 """GRPO terms against values worked out by hand, finite differences, and exact expectations."""
 
+import itertools
 import math
 
 import pytest
@@ -229,3 +230,37 @@ def test_rejection_sampling_is_the_mean_log_probability_of_what_passed():
     new, old, reference, sequence, _ = example()
     got = rft_loss(new, old, reference, sequence, torch.tensor([1.0, 0.0, 1.0]), total_sequences=2)
     assert got.loss.item() == pytest.approx(-float(new[:3].mean() + new[5:].mean()) / 2, rel=1e-9)
+
+
+def test_on_policy_rejection_sampling_has_the_expected_gradient_of_grpo():
+    """Of pass or fail rewards and one update a batch, the two differ in variance and in what easy prompts weigh.
+
+    Over all groups of three answers: GRPO expects (G - 1) times the gradient of pass@1, and RFT, whose groups without
+    variance are dropped as well, G (1 - p^(G-1)) times. Nothing but noise, clip and mask tells them apart.
+    """
+    group = 3
+    logits = torch.tensor([0.3, -0.2, 0.5, 0.0], dtype=torch.float64, requires_grad=True)
+    passes = torch.tensor([1.0, 0.0, 1.0, 0.0], dtype=torch.float64)
+    logprob_V = logits.log_softmax(0)
+    pass_at_1 = (logprob_V.exp() * passes).sum()
+    (slope,) = torch.autograd.grad(pass_at_1, logits, retain_graph=True)
+    expected = {"grpo": torch.zeros_like(slope), "rft": torch.zeros_like(slope)}
+    order = torch.arange(group)
+    for drawn in itertools.product(range(len(logits)), repeat=group):
+        reward = passes[list(drawn)]
+        if len(set(reward.tolist())) == 1:
+            continue
+        new = logprob_V[list(drawn)]
+        old = new.detach()
+        advantage = group_advantages(reward, torch.zeros(group, dtype=torch.int64))
+        options = {**OPTIONS, "kl_weight": 0.0, "total_sequences": 1}
+        losses = {
+            "grpo": grpo_loss(new, old, old, order, advantage, **options).loss,
+            "rft": rft_loss(new, old, old, order, reward, total_sequences=1).loss,
+        }
+        for name, loss in losses.items():
+            (gradient,) = torch.autograd.grad(-loss, logits, retain_graph=True)
+            expected[name] += float(old.sum().exp()) * gradient
+    p = float(pass_at_1.detach())
+    torch.testing.assert_close(expected["grpo"], (group - 1) * slope)
+    torch.testing.assert_close(expected["rft"], group * (1 - p ** (group - 1)) * slope)
