@@ -48,7 +48,7 @@ def write(directory: Path, summary: Mapping[str, Any], watch: RunWatch, store: O
     rules = (summary.get("gate") or {}).get("rules", [])
     if rules:
         told = [["holds" if rule["holds"] else "fails", rule["name"], rule["explanation"]] for rule in rules]
-        parts += ["<h2>Gate</h2>", html_table(["", "rule", "numbers"], told)]
+        parts += ["<h2>Gate</h2>", html_table(["verdict", "rule", "numbers"], told)]
     if watch.episode:
         stage, text = watch.episode
         parts += [f"<h2>An episode ({html.escape(stage)})</h2>", text_block(text)]

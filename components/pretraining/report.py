@@ -71,7 +71,7 @@ def write_report(
         ),
         f'<div class="figures">{"".join(figures)}</div>',
         "<h2>The final weights on validation data, by attention</h2>",
-        html_table(["", "dense", "sparse"], rows, numbers=[1, 2]),
+        html_table(["measure", "dense", "sparse"], rows, numbers=[1, 2]),
         "<h2>Validation tasks: the reference solution, and the model's play</h2>",
         *(side_by_side(_reference(task), text) for task, text in plays),
     ]

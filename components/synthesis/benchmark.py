@@ -27,7 +27,7 @@ from components.runtime.result_file import frame
 from components.runtime.stage import write_json
 from components.synthesis.config import SynthesisConfig
 from components.synthesis.family import CAREFUL, Family, load_family
-from components.synthesis.run import battery_of
+from components.synthesis.parts import battery_of
 from components.synthesis.tasks import make_tasks
 
 CODE = ("internal_api",)  # families whose steps run programs in the sandbox

@@ -89,7 +89,7 @@ def _battery(reports: Mapping[str, Mapping[str, Any]]) -> str:
         ["kept", *(str(report["kept"] - gone) for report, gone in zip(reports.values(), lost, strict=True))],
         ["share of mutants that failed", *(f"{report['mutants_failed_share']:.3f}" for report in reports.values())],
     ]
-    return html_table(["", *reports], rows, numbers=range(1, len(reports) + 1))
+    return html_table(["check", *reports], rows, numbers=range(1, len(reports) + 1))
 
 
 def _players(reports: Mapping[str, Mapping[str, Any]]) -> str:

@@ -9,32 +9,23 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import random
 import signal
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from dataclasses import dataclass, field
 from typing import Any
 
 from components.environments.chat_format import conversation_words
 from components.runtime.contracts import Demonstration, Document, Pointer, TaskRecord
-from components.runtime.errors import InputError
 from components.runtime.processes import die_with_parent
 from components.runtime.stage import StageContext, StageResult
 from components.runtime.task_set import BATTERY, write_task_set
-from components.synthesis.battery import Battery, constant_submissions
 from components.synthesis.config import SynthesisConfig
-from components.synthesis.demonstrations import make_demonstrations
-from components.synthesis.family import Family, Split, document_of, load_family
-from components.synthesis.near_duplicates import ngram_overlap, remove_near_duplicates
-from components.synthesis.players import play_all
+from components.synthesis.family import Family, document_of, load_family
+from components.synthesis.parts import PARTS, Made
 from components.synthesis.report import write_report
-from components.synthesis.splits import draw_template, groups_of_templates, kinds_of_template, split_templates
-from components.synthesis.tasks import make_tasks
 
 _PROGRESS_SECONDS = 0.25
-_PROBE_TASKS = 500  # tasks from which the constant player learns its answers
 
 
 def run(config: SynthesisConfig, context: StageContext, inputs: dict[str, Pointer]) -> StageResult:
@@ -79,17 +70,6 @@ def run(config: SynthesisConfig, context: StageContext, inputs: dict[str, Pointe
     return StageResult({"tasks": pointer}, summary)
 
 
-@dataclass
-class Made:
-    """What one family gave."""
-
-    tasks: list[TaskRecord] = field(default_factory=list)
-    long_tasks: list[TaskRecord] = field(default_factory=list)
-    demonstrations: list[Demonstration] = field(default_factory=list)
-    documents: list[Document] = field(default_factory=list)
-    report: dict[str, Any] = field(default_factory=dict)
-
-
 def work_of(family: Family, config: SynthesisConfig) -> int:
     """How many records the family shall give."""
     played = config.demonstrations + config.validation_demonstrations
@@ -101,9 +81,11 @@ def work_of(family: Family, config: SynthesisConfig) -> int:
 
 
 def make_families(families: Sequence[Family], config: SynthesisConfig, context: StageContext) -> list[Made]:
-    """What each family gives, in their order. Families are made side by side; the number of workers changes nothing."""
+    """What each family gives, in their order. Parts are made side by side; the number of workers changes nothing."""
     total = sum(work_of(family, config) for family in families)
-    workers = min(config.workers or len(os.sched_getaffinity(0)), len(families))
+    jobs = [(family, part) for part in PARTS for family in families]
+    workers = min(config.workers or len(os.sched_getaffinity(0)), len(jobs))
+    made = {family.name: Made() for family in families}
     if workers == 1:
         done = 0
 
@@ -112,22 +94,25 @@ def make_families(families: Sequence[Family], config: SynthesisConfig, context: 
             done += 1
             context.progress.update(done, total, {})
 
-        return [make_family(family, config, context.seed, tick) for family in families]
+        for family, part in jobs:
+            made[family.name].add(PARTS[part](family, config, context.seed, tick))
+        return list(made.values())
     spawn = multiprocessing.get_context("spawn")
     counter = spawn.Value("L", 0)
     with ProcessPoolExecutor(workers, spawn, _begin_worker, (counter,)) as pool:
-        waiting = {pool.submit(_make_in_worker, family.name, config, context.seed): family.name for family in families}
-        results: dict[str, Made] = {}
+        waiting = {
+            pool.submit(_make_in_worker, family.name, part, config, context.seed): family for family, part in jobs
+        }
         while waiting:
             ended, _ = wait(waiting, timeout=_PROGRESS_SECONDS, return_when=FIRST_COMPLETED)
             context.progress.update(counter.value, total, {})
             for future in ended:
                 try:
-                    results[waiting.pop(future)] = future.result()
+                    made[waiting.pop(future).name].add(future.result())
                 except BaseException:
                     pool.shutdown(wait=False, cancel_futures=True)
                     raise
-    return [results[family.name] for family in families]
+    return list(made.values())
 
 
 _counter: Any = None  # of a worker process: records made by all of them
@@ -140,101 +125,12 @@ def _begin_worker(counter: Any) -> None:
     _counter = counter
 
 
-def _make_in_worker(name: str, config: SynthesisConfig, seed: int) -> Made:
+def _make_in_worker(name: str, part: str, config: SynthesisConfig, seed: int) -> Made:
     def tick() -> None:
         with _counter.get_lock():
             _counter.value += 1
 
-    return make_family(load_family(name), config, seed, tick)
-
-
-def make_family(family: Family, config: SynthesisConfig, seed: int, tick: Callable[[], None]) -> Made:
-    """All records of one family. Raises InputError when it cannot give what the configuration asks for."""
-    made = Made()
-    held_out = (config.validation_templates, config.test_templates)
-    if len(groups_of_templates(family, family.templates())) < len(family.templates()):
-        held_out = (config.validation_environments, config.test_environments)
-    splits = split_templates(family, seed if config.split_seed is None else config.split_seed, *held_out)
-    battery = battery_of(family, splits["train"], config, seed)
-    sizes: dict[Split, int] = {
-        "train": config.train_tasks,
-        "validation": config.validation_tasks,
-        "test": config.test_tasks,
-    }
-    for split, size in sizes.items():
-        made.tasks += make_tasks(family, splits[split], size, split, seed, battery, tick)
-    long_templates = family.long_templates()
-    if config.long_tasks and long_templates:
-        made.long_tasks = make_tasks(family, long_templates, config.long_tasks, "test", seed, battery, tick)
-
-    numbers: dict[Split, int] = {"train": config.demonstrations, "validation": config.validation_demonstrations}
-    for split, number in numbers.items():
-        made.demonstrations += make_demonstrations(
-            family, splits[split], number, config.wrong_share, config.shortcut_share, split, seed, tick
-        )
-    document = document_of(family)
-    if document:
-        made.documents = _make_documents(family.name, document, config, seed, tick)
-
-    overlap = ngram_overlap(made.tasks)
-    made.tasks, lost = remove_near_duplicates(made.tasks, config.near_duplicate)
-    made.report = battery.report()
-    made.report["near_duplicates"] = {"removed": lost, "test_sharing_13_words_with_train": overlap}
-    made.report["players"] = play_all(
-        family, [task for task in made.tasks if task.split == "test"][: config.player_tasks]
-    )
-    made.report["templates"] = {split: len(names) for split, names in splits.items()}
-    made.report["templates_in_two_splits"] = _shared_templates(made.tasks + made.long_tasks)
-    if made.report["templates_in_two_splits"]:
-        raise RuntimeError(f"{family.name}: the splits share templates: {made.report['templates_in_two_splits']}")
-    return made
-
-
-def _make_documents(
-    name: str,
-    document: Callable[[int, Split, int], Document],
-    config: SynthesisConfig,
-    seed: int,
-    tick: Callable[[], None],
-) -> list[Document]:
-    made = []
-
-    rng = random.Random(f"synthesis/{name}/documents/{seed}")
-    texts: dict[Split, int] = {
-        "train": config.documents,
-        "validation": config.validation_documents,
-        "test": config.test_documents,
-    }
-    for split, size in texts.items():
-        lengths = [config.document_words, *(config.short_document_words if split == "train" else [])]
-        for index in range(size):
-            try:
-                words = lengths[index % len(lengths)]
-                made.append(document(rng.getrandbits(48), split, words))
-            except ValueError as error:
-                raise InputError(f"synthesis: document_words: {error}") from error
-            tick()
-    return made
-
-
-def battery_of(family: Family, train_templates: list[str], config: SynthesisConfig, seed: int) -> Battery:
-    """The validation battery; its constant player has seen tasks of `train_templates`."""
-    constant = _constant_player(family, train_templates, seed)
-    return Battery(family, constant, config.mutants, config.random_plays)
-
-
-def _constant_player(family: Family, templates: list[str], seed: int) -> Any:
-    rng = random.Random(f"synthesis/{family.name}/constant/{seed}")
-    groups = kinds_of_template(family, templates)
-    drawn = [family.generate(draw_template(groups, rng), rng.getrandbits(48), "train") for _ in range(_PROBE_TASKS)]
-    return constant_submissions(drawn)
-
-
-def _shared_templates(tasks: list[TaskRecord]) -> list[str]:
-    splits: dict[str, set[str]] = {}
-    for task in tasks:
-        splits.setdefault(task.template, set()).add(task.split)
-    return sorted(template for template, found in splits.items() if len(found) > 1)
+    return PARTS[part](load_family(name), config, seed, tick)
 
 
 def _check_words(

@@ -251,7 +251,7 @@ TINY = SMALL.model_copy(update={"train_tasks": 4, "demonstrations": 4, "test_tas
 
 def test_a_template_in_two_splits_is_a_fault(tmp_path, monkeypatch):
     shared = {"train": ["works_in/name", "uses/list"], "validation": ["based_in/name"], "test": ["works_in/name"]}
-    monkeypatch.setattr("components.synthesis.run.split_templates", lambda *arguments: shared)
+    monkeypatch.setattr("components.synthesis.parts.split_templates", lambda *arguments: shared)
     with pytest.raises(RuntimeError, match=r"share templates: \['works_in/name'\]"):
         synthesise(tmp_path, config=TINY)
 
