@@ -16,11 +16,10 @@ from components.runtime.errors import InputError
 from components.runtime.object_store import open_store
 from components.runtime.progress import Progress
 from components.runtime.stage import StageContext
-from components.runtime.task_set import write_task_set
 from components.runtime.tracking import Tracker, read_metrics
 from model.checkpoint import load_model
+from tests.components.knowledge_tasks import publish_knowledge_tasks
 
-FAMILY = KnowledgeGraphQuery()
 PHASE = PhaseConfig(
     steps=3,
     learning_rate=2e-3,
@@ -51,23 +50,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def tasks(folder):
-    templates = FAMILY.templates()[::50]
-    demonstrations = [
-        FAMILY.play(FAMILY.generate(t, seed, split), "careful", random.Random(seed))
-        for split in ("train", "validation")
-        for seed, t in enumerate(templates)
-    ]
-    made = context(folder, "synthesis")
-    write_task_set(
-        made.work_dir / "tasks",
-        tasks=[FAMILY.generate(t, s, split) for split in ("train", "validation") for s, t in enumerate(templates)],
-        long_tasks=[],
-        demonstrations=demonstrations,
-        documents=[FAMILY.document(seed, split, 60) for split in ("train", "validation") for seed in range(3)],
-        vocabulary=FAMILY.vocabulary(),
-        battery={},
-    )
-    return made.publish("task-set", made.work_dir / "tasks")
+    return publish_knowledge_tasks(context(folder, "synthesis"))
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -12,18 +11,16 @@ import pytest
 import torch
 import yaml
 
-from components.environments.kg_query import KnowledgeGraphQuery
 from components.pretraining import run as pretraining
 from components.pretraining.config import PhaseConfig, PretrainingConfig
 from components.runtime.contracts import Pointer
 from components.runtime.object_store import open_store
 from components.runtime.progress import Progress
 from components.runtime.stage import StageContext
-from components.runtime.task_set import write_task_set
 from components.runtime.tracking import Tracker, read_metrics
 from model.checkpoint import load_model
+from tests.components.knowledge_tasks import publish_knowledge_tasks
 
-FAMILY = KnowledgeGraphQuery()
 PHASE = PhaseConfig(steps=4, learning_rate=2e-3, warmup_steps=1, demonstration_tokens=200, document_tokens=100)
 DENSE = PHASE.model_copy(update={"curriculum": 0.5})
 CONFIG = PretrainingConfig(
@@ -70,23 +67,7 @@ def context(folder, name, progress=None):
 
 @pytest.fixture(scope="module")
 def tasks(folder):
-    templates = FAMILY.templates()[::50]
-    played = [
-        FAMILY.play(FAMILY.generate(template, seed, split), "careful", random.Random(seed))
-        for split in ("train", "validation")
-        for seed, template in enumerate(templates)
-    ]
-    made = context(folder, "synthesis")
-    write_task_set(
-        made.work_dir / "tasks",
-        tasks=[FAMILY.generate(t, s, split) for split in ("train", "validation") for s, t in enumerate(templates)],
-        long_tasks=[],
-        demonstrations=played,
-        documents=[FAMILY.document(s, split, 60) for split in ("train", "validation") for s in range(3)],
-        vocabulary=FAMILY.vocabulary(),
-        battery={},
-    )
-    return made.publish("task-set", made.work_dir / "tasks")
+    return publish_knowledge_tasks(context(folder, "synthesis"))
 
 
 def weights(folder, pointer):
