@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.launch import capability
+from kernels.launch import capability, processors
 
 INTERPRETED = triton.knobs.runtime.interpret
 
@@ -283,6 +283,40 @@ def launch(
     return scores_TS
 
 
+def hopper_kernel(q_THD: Tensor, k_SD: Tensor) -> bool:
+    """Whether `kernels.indexer_scores.gluon` scores these queries: it wants enough of them, and of keys, to pay."""
+    if capability(q_THD.device) != (9, 0):
+        return False
+    from kernels.indexer_scores import gluon
+
+    enough = q_THD.shape[0] >= gluon.QUERIES * processors(q_THD.device) and k_SD.shape[0] >= 8192
+    return enough and gluon.supports(q_THD, k_SD)
+
+
+def scores(
+    q_THD: Tensor,
+    k_SD: Tensor,
+    weight_TH: Tensor,
+    key_start_T: Tensor,
+    key_end_T: Tensor,
+    q_scale_TH: Tensor | None = None,
+    k_scale_S: Tensor | None = None,
+    shape: dict[str, int] | None = None,
+    fill: bool = True,
+    hopper: bool | None = None,
+) -> Tensor:
+    """By the kernel that is the fastest for them; `hopper` is as `hopper_kernel` says."""
+    hopper = hopper_kernel(q_THD, k_SD) if hopper is None else hopper
+    if not hopper or shape is not None:
+        return launch(q_THD, k_SD, weight_TH, key_start_T, key_end_T, q_scale_TH, k_scale_S, shape, fill=fill)
+    from kernels.indexer_scores import gluon
+
+    keys = k_SD.shape[0]
+    scores_TS = torch.empty(q_THD.shape[0], triton.cdiv(keys, 16) * 16, dtype=torch.float32, device=q_THD.device)
+    gluon.launch(q_THD, k_SD, weight_TH, key_start_T, key_end_T, q_scale_TH, k_scale_S, scores_TS[:, :keys], fill=fill)
+    return scores_TS[:, :keys]
+
+
 @torch.library.custom_op("sparseline::indexer_scores", mutates_args=())
 def indexer_scores(
     q_THD: Tensor,
@@ -296,7 +330,7 @@ def indexer_scores(
     """See `kernels.indexer_scores.indexer_scores`; fp32, bf16, fp16 or e4m3."""
     q_scale_TH = q_scale_TH.float().contiguous() if q_scale_TH is not None else None
     k_scale_S = k_scale_S.float() if k_scale_S is not None else None
-    return launch(q_THD, k_SD, weight_TH.contiguous(), key_start_T, key_end_T, q_scale_TH, k_scale_S)
+    return scores(q_THD, k_SD, weight_TH.contiguous(), key_start_T, key_end_T, q_scale_TH, k_scale_S)
 
 
 @indexer_scores.register_fake

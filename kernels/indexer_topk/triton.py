@@ -19,13 +19,14 @@ from kernels.indexer_scores.triton import (
     INTERPRETED,
     block_range,
     describable,
+    hopper_kernel,
     load_queries,
     load_weights,
     padded_heads,
     score_range,
     tile_shape,
 )
-from kernels.indexer_scores.triton import launch as launch_scores
+from kernels.indexer_scores.triton import scores as score_rows
 from kernels.launch import processors
 from kernels.topk.triton import (
     buffer_sizes,
@@ -315,13 +316,14 @@ def by_rows(
     Where the queries fill the card this is the faster way: the passing of rows costs the fused kernel more time of the
     tensor cores than it costs memory to take the scores there and back."""
     rows = max(1, scores // k_SD.shape[0])
+    hopper = hopper_kernel(q_THD, k_SD)
     parts = []
     for first in range(0, q_THD.shape[0], rows):
         here = slice(first, first + rows)
         part_scale_TH = None if q_scale_TH is None else q_scale_TH[here]
-        scores_TS = launch_scores(
+        scores_TS = score_rows(
             q_THD[here], k_SD, weight_TH[here], key_start_T[here], key_end_T[here], part_scale_TH, k_scale_S, shape,
-            fill=False,
+            fill=False, hopper=hopper,
         )  # fmt: skip
         parts.append(select(scores_TS, k, sizes=sizes, range_T=(key_start_T[here], key_end_T[here])))
     if len(parts) == 1:
@@ -345,6 +347,11 @@ def indexer_topk(
     k_scale_S = k_scale_S.float() if k_scale_S is not None else None
     weight_TH = weight_TH.contiguous()
     fills = q_THD.shape[0] >= 2 * tile_shape(q_THD)["B"] * processors(q_THD.device)
+    if hopper_kernel(q_THD, k_SD):
+        from kernels.indexer_topk import gluon
+
+        if gluon.pays(k_SD.shape[0], k):
+            return gluon.by_threshold(q_THD, k_SD, weight_TH, key_start_T, key_end_T, k, q_scale_TH, k_scale_S)
     run = by_rows if fills and k_SD.shape[0] > 0 else launch
     return run(q_THD, k_SD, weight_TH, key_start_T, key_end_T, k, q_scale_TH, k_scale_S)
 

@@ -235,6 +235,7 @@ def topk_kernel(
     position_ptr,  # None: a score's position is its column
     start_ptr,  # None: rows are whole; else columns from start // 16 * 16 to end of each row are read
     end_ptr,
+    chosen_ptr,  # None: all rows; else those with a number other than 0, and nothing is written for the others
     out_score_ptr,  # None: only positions are wanted
     out_position_ptr,
     length_ptr,
@@ -264,6 +265,11 @@ def topk_kernel(
             begin = tl.maximum(begin, tl.load(start_ptr + row).to(tl.int32) // 16 * 16)
             begin = tl.multiple_of(begin, 16)
             end = tl.maximum(tl.minimum(end, tl.load(end_ptr + row).to(tl.int32)), begin)
+        slots_out = k
+        if chosen_ptr is not None:
+            chosen = tl.load(chosen_ptr + row) != 0
+            end = tl.where(chosen, end, begin)
+            slots_out = tl.where(chosen, k, 0)
         row_ptr = score_ptr + row * row_stride
         guess = float("-inf")
         if end - begin >= 4 * tl.maximum(SAMPLE, k):
@@ -303,7 +309,7 @@ def topk_kernel(
             guess = float("-inf")
             tl.debug_barrier()
         out = (row * splits + task % splits) * k
-        for first in range(0, k, CHUNK):
+        for first in range(0, slots_out, CHUNK):
             slot_C = first + tl.arange(0, CHUNK)
             candidate_C = tl.load(buffer_ptr + slot_C)
             filled_C = slot_C < count
@@ -313,7 +319,7 @@ def topk_kernel(
                 part_score_C = tl.where(filled_C, candidate_score(candidate_C), float("-inf"))
                 tl.store(out_score_ptr + out + slot_C, part_score_C, mask=slot_C < k)
         if length_ptr is not None:
-            tl.store(length_ptr + row, count)
+            tl.store(length_ptr + row, count, mask=slots_out > 0)
         tl.debug_barrier()
 
 
@@ -368,6 +374,13 @@ def buffer_sizes(k: int, warps: int, roomy: bool) -> dict[str, int]:
     return {"CAPACITY": capacity, "R": min(4, max(1, capacity // (16 * width))), "W": width}
 
 
+def empty_result(rows: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty(rows, k, dtype=torch.int32, device=device),
+        torch.empty(rows, dtype=torch.int32, device=device),
+    )
+
+
 def select(
     scores_TS: Tensor,
     k: int,
@@ -379,8 +392,11 @@ def select(
     per_processor: int | None = None,
     options: dict[str, int] | None = None,
     range_T: tuple[Tensor, Tensor] | None = None,
+    chosen_T: Tensor | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Launches. `range_T`: first column of each row, and the one behind its last.
+    """Launches. `range_T`: first column of each row, and the one behind its last. `chosen_T` int32: rows with a 0 are
+    left alone in `out`.
 
     `positions_TS` int32 (same strides as the scores) names each score's position, ascending in a row.
 
@@ -394,13 +410,12 @@ def select(
     options = options or {"num_warps": 4, "maxnreg": 80 if small else 128}
     per_processor = per_processor or (6 if small else 4)
     capacity, chunk = sizes["CAPACITY"], 4 * sizes["R"] * sizes["W"]
-    indices_TK = torch.empty(rows, k, dtype=torch.int32, device=device)
-    lengths_T = torch.empty(rows, dtype=torch.int32, device=device)
+    indices_TK, lengths_T = out or empty_result(rows, k, device)
     if rows == 0:
         return indices_TK, lengths_T
     slots = per_processor * processors(device)
     if splits is None:
-        splits = max(1, min(slots // rows, positions // (2 * capacity)))
+        splits = 1 if chosen_T is not None else max(1, min(slots // rows, positions // (2 * capacity)))
     split_positions = triton.cdiv(triton.cdiv(max(positions, 1), splits), chunk) * chunk
     splits = max(1, triton.cdiv(positions, split_positions))
     programs = min(rows * splits, slots)
@@ -410,6 +425,7 @@ def select(
         scores_TS,
         positions_TS,
         *(range_T or (None, None)),
+        chosen_T,
         part_score,
         part_position,
         None if splits > 1 else lengths_T,
@@ -438,8 +454,7 @@ def merge(scores_TS: Tensor, k: int, positions_TS: Tensor) -> tuple[Tensor, Tens
         return select(scores_TS, k, positions_TS, 1)
     capacity = triton.next_power_of_2(candidates)
     warps = min(16, max(4, capacity // 512))
-    indices_TK = torch.empty(rows, k, dtype=torch.int32, device=scores_TS.device)
-    lengths_T = torch.empty(rows, dtype=torch.int32, device=scores_TS.device)
+    indices_TK, lengths_T = empty_result(rows, k, scores_TS.device)
     merge_kernel[(rows,)](
         scores_TS, positions_TS, indices_TK, lengths_T, candidates, k,
         CAPACITY=capacity, R=1, W=32 * warps, num_warps=warps,

@@ -59,6 +59,13 @@ def indexer() -> None:
         end = torch.arange(keys - tokens, keys, device="cuda") + 1
         indexer_scores(q, k, weight, start, end, scale(tokens, 64), scale(keys))
         indexer_topk(q, k, weight, start, end, 300, scale(tokens, 64), scale(keys))
+        tokens, keys = 1101, 9001
+        q, k, weight = draw(tokens, 64, 128, dtype=dtype), draw(keys, 128, dtype=dtype), draw(tokens, 64).float()
+        start = torch.arange(tokens, device="cuda") * 3
+        end = torch.arange(keys - tokens, keys, device="cuda") + 1
+        k[::2] = k[0]  # ties: some of the guesses fail
+        indexer_scores(q, k, weight, start, end, scale(tokens, 64), scale(keys))
+        indexer_topk(q, k, weight, start, end, 300, scale(tokens, 64), scale(keys))
         pages, sequence = torch.arange(157, device="cuda"), torch.tensor([0, 0, 1], device="cuda")
         table = torch.stack([pages, pages.flip(0)]).int()
         paged = draw(157, 64, 128, dtype=dtype)

@@ -6,6 +6,7 @@ import torch
 from kernels.indexer_scores import indexer_scores
 from kernels.indexer_scores import reference as scores_reference
 from kernels.indexer_scores import triton as scores_kernels
+from kernels.indexer_topk import gluon as selection_kernels
 from kernels.indexer_topk import indexer_topk
 from kernels.indexer_topk import reference as fused_reference
 from kernels.indexer_topk import triton as fused_kernels
@@ -201,6 +202,95 @@ def requests(capability: int) -> list[dict]:
     return result
 
 
+def hopper_request(kind: str, mode: str) -> dict:
+    """The Gluon score kernel: all scores, those of sampled keys, or lists of those above a threshold."""
+    from triton.experimental.gluon import language as gl
+
+    bits = 8 if kind == "fp8e4nv" else 16
+    shared = gl.NVMMASharedLayout(128, bits, 2)
+    arguments = {name: f"tensordesc<{kind}[{rows}, {1024 // bits}],{shared!r}>" for name, rows in
+                 (("q_tiles", 256), ("k_tiles", 16))}  # fmt: skip
+    arguments |= dict.fromkeys(["weight_ptr", "q_scale_ptr", "k_scale_ptr", "threshold_ptr"], "*fp32")
+    arguments |= dict.fromkeys(["start_ptr", "end_ptr", "chosen_ptr", "count_ptr"], "*i32")
+    arguments |= dict.fromkeys(["tokens", "keys", "out_stride", "nought"], "i32")
+    arguments["out_ptr"] = "*i64" if mode == "lists" else "*fp32"
+    constants = {"PERIOD": 64 if mode == "sample" else 1, "STAGES": 6 if bits == 8 else 3, "FILL": mode == "scores"}
+    constants["SLOTS"] = 8192 if mode == "lists" else 0
+    constants |= dict.fromkeys([] if bits == 8 else ["q_scale_ptr", "k_scale_ptr"])
+    constants |= dict.fromkeys(["chosen_ptr"] if mode == "lists" else ["threshold_ptr", "count_ptr"])
+    return {
+        "function": "kernels.indexer_scores.gluon:indexer_scores_hopper_kernel",
+        "arguments": arguments,
+        "constants": constants,
+        "options": {"num_warps": 4, "maxnreg": 168},
+        "capability": 90,
+    }
+
+
+@pytest.mark.slow
+def test_hopper_kernel_compiles_ahead() -> None:
+    cases = [(kind, mode) for kind in ("bf16", "fp8e4nv") for mode in ("scores", "sample", "lists")]
+    for case, got in zip(cases, compile_all([hopper_request(*case) for case in cases]), strict=True):
+        assert got["shared"] <= 232_448
+        assert got["stack"] == 0, case
+        assert got["instructions"]["wgmma.mma_async"] == (16 if case[0] == "bf16" else 8), case
+        assert got["instructions"]["setmaxnreg"] > 0
+
+
+@interpreter_only
+@pytest.mark.parametrize("kind", ["normal", "ties", "one list", "few"])
+def test_selection_from_lists(kind: str) -> None:
+    """Lists as the Gluon kernel writes them: four quarters of the keys, each in order, and what a list cannot hold."""
+    rows, keys, k, size = 5, 160, 16, 64
+    scores_TS = torch.randn(rows, keys, generator=torch.Generator().manual_seed(3))
+    if kind == "ties":
+        scores_TS = (scores_TS * 2).round()
+    if kind == "one list":
+        scores_TS[:, 40:] -= 9
+    if kind == "few":
+        scores_TS[:, 9:] = -torch.inf
+    threshold_T = scores_TS.sort(1, descending=True).values[:, 47]
+    threshold_T[0] = scores_TS[0].max()  # too high
+    threshold_T[1] = scores_TS[1].min() - 1  # lets more pass than there is room for
+    lists_TLC, counts_TL = torch.full((rows, 4, size), -1), torch.zeros(rows, 4, dtype=torch.int32)
+    for row in range(rows):
+        for place in range(4):
+            position = torch.arange(place * 40, place * 40 + 40)
+            position = position[scores_TS[row, position] > threshold_T[row]]
+            counts_TL[row, place] = len(position)
+            bits = scores_TS[row, position].view(torch.int32).long() << 32
+            lists_TLC[row, place, : len(position)] = bits | position
+    indices_TK, lengths_T = torch.full((rows, k), -7, dtype=torch.int32), torch.full((rows,), -7, dtype=torch.int32)
+    failed_T = torch.full((rows,), -7, dtype=torch.int32)
+    selection_kernels.select_from_lists_kernel[(rows,)](
+        lists_TLC, counts_TL, threshold_T, indices_TK, lengths_T, failed_T, k, SLOTS=size, R=2, W=4
+    )
+    count_T = counts_TL.sum(1)
+    assert torch.equal(failed_T > 0, (count_T > size) | ((count_T < k) & (threshold_T > -torch.inf)))
+    assert failed_T[0] == 1
+    want_TK, want_T = topk_reference.topk(scores_TS, k)
+    right = failed_T == 0
+    assert right.any() or kind == "few"
+    assert torch.equal(indices_TK[right], want_TK[right])
+    assert torch.equal(lengths_T[right], want_T[right])
+
+
+@interpreter_only
+def test_thresholds_from_sampled_keys() -> None:
+    rows, keys, period, k, room = 4, 2048, 4, 64, 256
+    scores_TS = torch.randn(rows, keys, generator=torch.Generator().manual_seed(4))
+    start_T, end_T = torch.tensor([0, 300, 700, 5]), torch.tensor([keys, 1800, 900, 5])
+    threshold_T = torch.empty(rows)
+    selection_kernels.threshold_kernel[(rows,)](
+        scores_TS[:, period // 2 :: period].contiguous(), start_T, end_T, threshold_T, keys, keys // period, k, room,
+        SAMPLE=keys // period, PERIOD=period,
+    )  # fmt: skip
+    assert (threshold_T[2:] == -torch.inf).all()  # few keys: all of them pass
+    for row in range(2):
+        passed = int((scores_TS[row, start_T[row] : end_T[row]] > threshold_T[row]).sum())
+        assert k < passed < 8 * k
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("capability, shared", [(80, 166_912), (89, 101_376), (90, 232_448)])
 def test_compiles_ahead(capability: int, shared: int) -> None:
@@ -212,15 +302,22 @@ def test_compiles_ahead(capability: int, shared: int) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype, bar", [(torch.float32, 1e-5), (torch.bfloat16, 5e-3), (FP8, 3e-2)])
-@pytest.mark.parametrize("tokens, keys, heads, dim", [(70, 1100, 64, 128), (1, 1, 32, 128), (33, 257, 3, 64)])
+@pytest.mark.parametrize(
+    "tokens, keys, heads, dim", [(70, 1100, 64, 128), (1, 1, 32, 128), (33, 257, 3, 64), (1203, 8201, 64, 128)]
+)
 def test_card_scores(dtype: torch.dtype, bar: float, tokens: int, keys: int, heads: int, dim: int) -> None:
     inputs = tuple(x.cuda() if x is not None else None for x in last_queries(tokens, keys, heads, dim, dtype))
+    inputs[3][tokens // 2 + 1 :] = keys // 3
+    inputs[4][tokens // 2 + 1 : tokens // 2 + 2] = 0
     assert error(indexer_scores(*inputs).cpu(), scores_reference.indexer_scores(*double(inputs))) <= bar
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, FP8])
-@pytest.mark.parametrize("tokens, keys, k", [(70, 40000, 2048), (5, 100, 2048), (300, 30001, 512), (3, 65536, 4096)])
+@pytest.mark.parametrize(
+    "tokens, keys, k",
+    [(70, 40000, 2048), (5, 100, 2048), (300, 30001, 512), (3, 65536, 4096), (1203, 20001, 2048), (1500, 35000, 4096)],
+)
 def test_card_fused_selection_equals_scores_then_topk(dtype: torch.dtype, tokens: int, keys: int, k: int) -> None:
     inputs = [x.cuda() if x is not None else None for x in last_queries(tokens, keys, 64, 128, dtype)]
     inputs[3][tokens // 2 :] = keys // 3  # two sequences
@@ -228,6 +325,37 @@ def test_card_fused_selection_equals_scores_then_topk(dtype: torch.dtype, tokens
     want = topk_reference.topk(indexer_scores(*inputs).cpu(), k)
     assert torch.equal(got[0].cpu(), want[0])
     assert torch.equal(got[1].cpu(), want[1])
+    assert all(torch.equal(indexer_topk(*inputs[:5], k, *inputs[5:])[0], got[0]) for _ in range(20))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, FP8])
+@pytest.mark.parametrize("kind", ["plateau", "clusters", "ascending", "all equal", "short ranges"])
+def test_card_selection_by_threshold_of_difficult_rows(dtype: torch.dtype, kind: str) -> None:
+    """A guess that fails leaves its query to the full scores; packed ranges, some of them empty."""
+    tokens, keys, k = 1203, 20001, 1024
+    inputs = [x.cuda() if x is not None else None for x in last_queries(tokens, keys, 64, 128, dtype)]
+    place = torch.arange(keys, device="cuda")[:, None]
+    wide = inputs[1].float()
+    if kind == "plateau":
+        inputs[2], wide = inputs[2].abs(), torch.where(place > 700, 0, wide)
+    if kind == "clusters":  # where no key is sampled
+        wide = torch.where(place % 64 < 16, wide, 0.01 * wide)
+    if kind == "ascending":
+        wide = wide[:1].abs() * place / keys
+    if kind == "all equal":
+        wide = wide[:1].expand(keys, -1)
+        inputs[6] = None if inputs[6] is None else torch.ones_like(inputs[6])
+    if kind == "short ranges":
+        inputs[3] = (torch.arange(tokens, device="cuda") * 7919) % (keys - 100)
+        inputs[4] = torch.minimum(inputs[3] + torch.arange(tokens, device="cuda") * 20, inputs[4])
+    inputs[1] = wide.to(dtype)
+    failed: list[torch.Tensor] = []
+    got = selection_kernels.by_threshold(*inputs[:5], k, *inputs[5:], failed=failed)
+    want = topk_reference.topk(indexer_scores(*inputs).cpu(), k)
+    assert torch.equal(got[0].cpu(), want[0])
+    assert torch.equal(got[1].cpu(), want[1])
+    assert bool(torch.cat(failed).any()) == (kind in ("plateau", "clusters", "all equal"))
     assert all(torch.equal(indexer_topk(*inputs[:5], k, *inputs[5:])[0], got[0]) for _ in range(20))
 
 
