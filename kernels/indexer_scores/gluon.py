@@ -103,11 +103,12 @@ def _producer(
     WIDTH: gl.constexpr = k_tiles.block_shape[1]
     PARTS_OF_D: gl.constexpr = q.shape[0] // 2
     token, low, _high, tiles = _walk(start_ptr, end_ptr, chosen_ptr, tokens, keys, PERIOD, ONE_WARP)
-    mbarrier.expect(q_ready, 2 * B * HEADS * 128 * PARTS_OF_D)
-    for group in gl.static_range(2):
-        for part in gl.static_range(PARTS_OF_D):
-            q_place = q.index(group * PARTS_OF_D + part)
-            tma.async_copy_global_to_shared(q_tiles, [(token + group * B) * HEADS, part * WIDTH], q_ready, q_place)
+    if tiles > 0:
+        mbarrier.expect(q_ready, 2 * B * HEADS * 128 * PARTS_OF_D)
+        for group in gl.static_range(2):
+            for part in gl.static_range(PARTS_OF_D):
+                q_place = q.index(group * PARTS_OF_D + part)
+                tma.async_copy_global_to_shared(q_tiles, [(token + group * B) * HEADS, part * WIDTH], q_ready, q_place)
     slot = 0
     phase = 1
     for tile in range(tiles):
@@ -249,7 +250,8 @@ def _consumer(
     else:
         row_ptr_B = out_ptr + query_B.to(gl.int64) * out_stride
     product_MN = gl.zeros([64, B * HEADS], gl.float32, PRODUCT)
-    mbarrier.wait(q_ready, 0)
+    if tiles > 0:
+        mbarrier.wait(q_ready, 0)
     slot = 0
     phase = 0
     for tile in range(tiles):

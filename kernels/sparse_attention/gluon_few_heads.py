@@ -60,6 +60,7 @@ WIDE_WORDS = gl.constexpr(gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0]))
 NARROW_WORDS = gl.constexpr(gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0]))
 WORDS_IN_MEMORY = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2))
 PART = 16  # blocks of one token before the other's turn: an even number
+PART_BEYOND_CACHE = 4  # where the L2 cache does not hold the keys: more tokens meet a row before it is forgotten
 
 
 @gluon.jit
@@ -82,9 +83,11 @@ def _tokens(tile, together, tokens, span_ptr):
 
 
 @gluon.jit
-def _enter(tile, tiles, together, tokens, span_ptr, indices_ptr, indices_stride, PART: gl.constexpr):
+def _enter(tile, walk, PART: gl.constexpr):
     """A cursor at the first block of the first tile from `tile` on that has any: (tile, block, end of its turn, blocks,
-    indices, stand-in row, token) and (block, blocks, indices, stand-in row, token) of the program's other token."""
+    indices, stand-in row, token) and (block, blocks, indices, stand-in row, token) of the program's other token.
+    walk: what every cursor needs, see the kernel."""
+    tiles, together, tokens, span_ptr, indices_ptr, indices_stride = walk
     blocks0, blocks1, _span0, _span1, stand_in0, stand_in1 = _tokens(tile, together, tokens, span_ptr)
     while (blocks0 + blocks1 == 0) & (tile < tiles):
         tile += gl.num_programs(0)
@@ -103,11 +106,9 @@ def _enter(tile, tiles, together, tokens, span_ptr, indices_ptr, indices_stride,
 
 
 @gluon.jit
-def _advance(
-    tile, block, end, blocks, indices, stand_in, token, block1, blocks1, indices1, stand_in1, token1, tiles, together,
-    tokens, span_ptr, indices_ptr, indices_stride, PART: gl.constexpr,
-):  # fmt: skip
+def _advance(cursor, walk, PART: gl.constexpr):
     """The cursor one block on: the tokens take turns of PART blocks, as long as both have some."""
+    tile, block, end, blocks, indices, stand_in, token, block1, blocks1, indices1, stand_in1, token1 = cursor
     block += 1
     if block == end:
         if block1 < blocks1:
@@ -119,35 +120,32 @@ def _advance(
         if block == blocks:
             (
                 tile, block, end, blocks, indices, stand_in, token, block1, blocks1, indices1, stand_in1, token1,
-            ) = _enter(
-                tile + gl.num_programs(0), tiles, together, tokens, span_ptr, indices_ptr, indices_stride, PART
-            )  # fmt: skip
+            ) = _enter(tile + gl.num_programs(0), walk, PART)  # fmt: skip
         end = gl.minimum(block + PART, blocks)
     return tile, block, end, blocks, indices, stand_in, token, block1, blocks1, indices1, stand_in1, token1
 
 
 @gluon.jit
-def _gatherer(
-    memory, barriers, kv_ptr, indices_ptr, span_ptr, tokens, tiles, together, key_rows, kv_stride, indices_stride,
-    KEYS: gl.constexpr, PART: gl.constexpr,
-):  # fmt: skip
+def _seek(cursor, walk, KEYS: gl.constexpr, layout: gl.constexpr):
+    """(indices of the cursor's block, whether there is one, stand-in row, block, token)."""
+    tile, block, _end, _blocks, indices, stand_in, token, _b, _n, _i, _s, _t = cursor
+    return _block_indices(indices, block * 64, KEYS, layout), tile < walk[0], stand_in, block, token
+
+
+@gluon.jit
+def _gatherer(memory, barriers, kv_ptr, key_rows, kv_stride, walk, KEYS: gl.constexpr, PART: gl.constexpr):
     keys = memory[2]
     ready = barriers[2]
     free = barriers[3]
-    tile, block, end, blocks, indices, stand_in, token, block1, blocks1, indices1, stand_in1, token1 = _enter(
-        gl.program_id(0), tiles, together, tokens, span_ptr, indices_ptr, indices_stride, PART
-    )
-    index_N = _block_indices(indices, 0, KEYS, NARROW)
+    cursor = _enter(gl.program_id(0), walk, PART)
+    index_N, live, stand_in, _block, _token = _seek(cursor, walk, KEYS, NARROW)
     slot = 0
     phase = 1
-    while tile < tiles:
+    while live:
         row_N = _key_rows(kv_ptr, index_N, stand_in, key_rows, kv_stride)
         # the indices of the next block travel while this one is gathered
-        tile, block, end, blocks, indices, stand_in, token, block1, blocks1, indices1, stand_in1, token1 = _advance(
-            tile, block, end, blocks, indices, stand_in, token, block1, blocks1, indices1, stand_in1, token1, tiles,
-            together, tokens, span_ptr, indices_ptr, indices_stride, PART,
-        )  # fmt: skip
-        index_N = _block_indices(indices, block * 64, KEYS, NARROW)
+        cursor = _advance(cursor, walk, PART)
+        index_N, live, stand_in, _block, _token = _seek(cursor, walk, KEYS, NARROW)
         mbarrier.wait(free.index(slot), phase)
         _gather(keys.index(slot), row_N, 0, 512, NARROW)
         async_copy.mbarrier_arrive(ready.index(slot), increment_count=False)
@@ -158,13 +156,16 @@ def _gatherer(
 
 
 @gluon.jit
-def _rope_rows(kv_ptr, index_N, wanted, stand_in, key_rows, kv_stride, HAS_REST: gl.constexpr):
-    if not HAS_REST:
-        return gl.zeros([64, 32], gl.int32, NARROW_WORDS)
-    row_N = _key_rows(kv_ptr, index_N, stand_in, key_rows, kv_stride)
-    column_D = 256 + gl.arange(0, 32, gl.SliceLayout(0, NARROW_WORDS))
-    word_N = row_N.to(gl.pointer_type(gl.int32))
-    return gl.load(gl.expand_dims(word_N, 1) + gl.expand_dims(column_D, 0), mask=wanted, other=0)
+def _rope_of(sought, kv_ptr, key_rows, kv_stride, HAS_REST: gl.constexpr):
+    """(rope columns of a block that was sought, whether there is one, block, token)."""
+    index_N, live, stand_in, block, token = sought
+    rope = gl.zeros([64, 32], gl.int32, NARROW_WORDS)
+    if HAS_REST:
+        row_N = _key_rows(kv_ptr, index_N, stand_in, key_rows, kv_stride)
+        column_D = 256 + gl.arange(0, 32, gl.SliceLayout(0, NARROW_WORDS))
+        word_N = row_N.to(gl.pointer_type(gl.int32))
+        rope = gl.load(gl.expand_dims(word_N, 1) + gl.expand_dims(column_D, 0), mask=live, other=0)
+    return rope, live, block, token
 
 
 @gluon.jit
@@ -180,12 +181,15 @@ def _store_words(destination, words):
 
 @gluon.jit
 def _bring(
-    memory, barriers, rope, starts, block, q_row, turn, parts, q_stride_h, HEADS: gl.constexpr, HAS_REST: gl.constexpr
-):
+    memory, barriers, found, turn, parts, q_ptr, q_stride_t, q_stride_h, HEADS: gl.constexpr, HAS_REST: gl.constexpr,
+    PART: gl.constexpr,
+):  # fmt: skip
     """The rope columns of a block, and the queries where its token's turn starts."""
     q, q_rest, _, rest = memory
     q_ready, q_free, _, _, rest_ready, rest_free, _, _, _, _, _, _ = barriers
-    if starts:
+    rope, _live, block, token = found
+    if block % PART == 0:
+        q_row = q_ptr + token.to(gl.int64) * q_stride_t
         head_M = gl.minimum(gl.arange(0, 16, gl.SliceLayout(1, WIDE_WORDS)), HEADS - 1)
         q_tile = _load_words(q_row + head_M * q_stride_h, 0, 256, WIDE_WORDS)
         if HAS_REST:
@@ -208,97 +212,34 @@ def _bring(
 
 @gluon.jit
 def _companion(
-    memory, barriers, q_ptr, kv_ptr, indices_ptr, span_ptr, tokens, tiles, together, key_rows, q_stride_t, q_stride_h,
-    kv_stride, indices_stride, KEYS: gl.constexpr, HEADS: gl.constexpr, HAS_REST: gl.constexpr, PART: gl.constexpr,
+    memory, barriers, q_ptr, kv_ptr, key_rows, q_stride_t, q_stride_h, kv_stride, walk, KEYS: gl.constexpr,
+    HEADS: gl.constexpr, HAS_REST: gl.constexpr, PART: gl.constexpr,
 ):  # fmt: skip
     """There is memory for the rope columns of one block only: those of two more travel to registers, and the indices of
     another two. They take turns as `even` and `odd`: moving the one into the other would wait for it."""
-    tile, block, end, blocks, indices, stand_in, token, block1, blocks1, indices1, stand_in1, token1 = _enter(
-        gl.program_id(0), tiles, together, tokens, span_ptr, indices_ptr, indices_stride, PART
-    )
-    even_index_N = _block_indices(indices, block * 64, KEYS, NARROW_WORDS)
-    even_live = tile < tiles
-    even_stand_in = stand_in
-    even_next_block = block
-    even_next_token = token
-    tile, block, end, blocks, indices, stand_in, token, block1, blocks1, indices1, stand_in1, token1 = _advance(
-        tile, block, end, blocks, indices, stand_in, token, block1, blocks1, indices1, stand_in1, token1, tiles,
-        together, tokens, span_ptr, indices_ptr, indices_stride, PART,
-    )  # fmt: skip
-    odd_index_N = _block_indices(indices, block * 64, KEYS, NARROW_WORDS)
-    odd_live = tile < tiles
-    odd_stand_in = stand_in
-    odd_next_block = block
-    odd_next_token = token
-    tile, block, end, blocks, indices, stand_in, token, block1, blocks1, indices1, stand_in1, token1 = _advance(
-        tile, block, end, blocks, indices, stand_in, token, block1, blocks1, indices1, stand_in1, token1, tiles,
-        together, tokens, span_ptr, indices_ptr, indices_stride, PART,
-    )  # fmt: skip
-    even = _rope_rows(kv_ptr, even_index_N, even_live, even_stand_in, key_rows, kv_stride, HAS_REST)
-    even_here = even_live
-    even_block = even_next_block
-    even_token = even_next_token
-    even_index_N = _block_indices(indices, block * 64, KEYS, NARROW_WORDS)
-    even_live = tile < tiles
-    even_stand_in = stand_in
-    even_next_block = block
-    even_next_token = token
-    tile, block, end, blocks, indices, stand_in, token, block1, blocks1, indices1, stand_in1, token1 = _advance(
-        tile, block, end, blocks, indices, stand_in, token, block1, blocks1, indices1, stand_in1, token1, tiles,
-        together, tokens, span_ptr, indices_ptr, indices_stride, PART,
-    )  # fmt: skip
-    odd = _rope_rows(kv_ptr, odd_index_N, odd_live, odd_stand_in, key_rows, kv_stride, HAS_REST)
-    odd_here = odd_live
-    odd_block = odd_next_block
-    odd_token = odd_next_token
-    odd_index_N = _block_indices(indices, block * 64, KEYS, NARROW_WORDS)
-    odd_live = tile < tiles
-    odd_stand_in = stand_in
-    odd_next_block = block
-    odd_next_token = token
-    tile, block, end, blocks, indices, stand_in, token, block1, blocks1, indices1, stand_in1, token1 = _advance(
-        tile, block, end, blocks, indices, stand_in, token, block1, blocks1, indices1, stand_in1, token1, tiles,
-        together, tokens, span_ptr, indices_ptr, indices_stride, PART,
-    )  # fmt: skip
+    cursor = _enter(gl.program_id(0), walk, PART)
+    even_sought = _seek(cursor, walk, KEYS, NARROW_WORDS)
+    cursor = _advance(cursor, walk, PART)
+    odd_sought = _seek(cursor, walk, KEYS, NARROW_WORDS)
+    cursor = _advance(cursor, walk, PART)
+    even = _rope_of(even_sought, kv_ptr, key_rows, kv_stride, HAS_REST)
+    even_sought = _seek(cursor, walk, KEYS, NARROW_WORDS)
+    cursor = _advance(cursor, walk, PART)
+    odd = _rope_of(odd_sought, kv_ptr, key_rows, kv_stride, HAS_REST)
+    odd_sought = _seek(cursor, walk, KEYS, NARROW_WORDS)
+    cursor = _advance(cursor, walk, PART)
     turn = 0
     parts = 0
-    while even_here:
-        q_row = q_ptr + even_token.to(gl.int64) * q_stride_t
-        parts = _bring(
-            memory, barriers, even, even_block % PART == 0, even_block, q_row, turn, parts, q_stride_h, HEADS, HAS_REST
-        )
-        even = _rope_rows(kv_ptr, even_index_N, even_live, even_stand_in, key_rows, kv_stride, HAS_REST)
-        even_here = even_live
-        even_block = even_next_block
-        even_token = even_next_token
-        even_index_N = _block_indices(indices, block * 64, KEYS, NARROW_WORDS)
-        even_live = tile < tiles
-        even_stand_in = stand_in
-        even_next_block = block
-        even_next_token = token
-        tile, block, end, blocks, indices, stand_in, token, block1, blocks1, indices1, stand_in1, token1 = _advance(
-            tile, block, end, blocks, indices, stand_in, token, block1, blocks1, indices1, stand_in1, token1, tiles,
-            together, tokens, span_ptr, indices_ptr, indices_stride, PART,
-        )  # fmt: skip
-        if odd_here:
-            q_row = q_ptr + odd_token.to(gl.int64) * q_stride_t
-            parts = _bring(
-                memory, barriers, odd, odd_block % PART == 0, odd_block, q_row, turn + 1, parts, q_stride_h, HEADS,
-                HAS_REST,
-            )  # fmt: skip
-            odd = _rope_rows(kv_ptr, odd_index_N, odd_live, odd_stand_in, key_rows, kv_stride, HAS_REST)
-            odd_here = odd_live
-            odd_block = odd_next_block
-            odd_token = odd_next_token
-            odd_index_N = _block_indices(indices, block * 64, KEYS, NARROW_WORDS)
-            odd_live = tile < tiles
-            odd_stand_in = stand_in
-            odd_next_block = block
-            odd_next_token = token
-            tile, block, end, blocks, indices, stand_in, token, block1, blocks1, indices1, stand_in1, token1 = _advance(
-                tile, block, end, blocks, indices, stand_in, token, block1, blocks1, indices1, stand_in1, token1, tiles,
-                together, tokens, span_ptr, indices_ptr, indices_stride, PART,
-            )  # fmt: skip
+    while even[1]:
+        parts = _bring(memory, barriers, even, turn, parts, q_ptr, q_stride_t, q_stride_h, HEADS, HAS_REST, PART)
+        even = _rope_of(even_sought, kv_ptr, key_rows, kv_stride, HAS_REST)
+        even_sought = _seek(cursor, walk, KEYS, NARROW_WORDS)
+        cursor = _advance(cursor, walk, PART)
+        if odd[1]:
+            parts = _bring(memory, barriers, odd, turn + 1, parts, q_ptr, q_stride_t, q_stride_h, HEADS, HAS_REST, PART)
+            odd = _rope_of(odd_sought, kv_ptr, key_rows, kv_stride, HAS_REST)
+            odd_sought = _seek(cursor, walk, KEYS, NARROW_WORDS)
+            cursor = _advance(cursor, walk, PART)
         turn += 2
 
 
@@ -379,8 +320,7 @@ def _score_part(
             sum_NM = sum_NM * gl.expand_dims(gl.exp2(own_max_M - max_M), 0) + p_NM  # of the keys that a thread holds
             own_max_M = max_M
             count += 1
-        thread_barrier()
-        mbarrier.arrive(q_free, count=1)
+        _arrive(q_free)
         parts += 1
         turn += last - first
         other_count += (last - first + W) >> 1
@@ -602,6 +542,7 @@ def sparse_attention_few_heads_kernel(
         q_ready, q_free, ready, free, rest_ready, rest_free, p_ready, p_free, done_ready, done_free, sum_ready,
         sum_free,
     )  # fmt: skip
+    walk = (tiles, together, tokens, span_ptr, indices_ptr, indices_stride)
     gl.warp_specialize(
         [
             (_scorer, (
@@ -613,13 +554,10 @@ def sparse_attention_few_heads_kernel(
                 key_rows, scale_log2, indices_stride, nought, KEYS, HEADS, HAS_REST, HAS_SINK, PART, gl.constexpr(1),
             )),
             (_valuer, (memory, exchange, barriers, span_ptr, out_ptr, tokens, tiles, together, HEADS, PART)),
-            (_gatherer, (
-                memory, barriers, kv_ptr, indices_ptr, span_ptr, tokens, tiles, together, key_rows, kv_stride,
-                indices_stride, KEYS, PART,
-            )),
+            (_gatherer, (memory, barriers, kv_ptr, key_rows, kv_stride, walk, KEYS, PART)),
             (_companion, (
-                memory, barriers, q_ptr, kv_ptr, indices_ptr, span_ptr, tokens, tiles, together, key_rows, q_stride_t,
-                q_stride_h, kv_stride, indices_stride, KEYS, HEADS, HAS_REST, PART,
+                memory, barriers, q_ptr, kv_ptr, key_rows, q_stride_t, q_stride_h, kv_stride, walk, KEYS, HEADS,
+                HAS_REST, PART,
             )),
         ],
         [4, 4, 4, 4],
@@ -638,7 +576,7 @@ def sparse_attention(
     indices_TK: torch.Tensor,
     scale: float,
     sink_H: torch.Tensor | None = None,
-    part: int = PART,
+    part: int | None = None,
     together: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launches the kernel where `supports` says so. Arguments are checked by the caller; see the package."""
@@ -652,6 +590,7 @@ def sparse_attention(
     programs = processors(q_THD.device)
     together = together or (2 if tokens >= 2 * programs else 1)
     tiles = triton.cdiv(tokens, together)
+    part = part or (PART if kv_SD.shape[0] * dim * 2 <= 64 << 20 else PART_BEYOND_CACHE)
     sparse_attention_few_heads_kernel[(min(tiles, programs),)](
         q_THD,
         kv_SD,

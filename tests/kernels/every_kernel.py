@@ -59,7 +59,7 @@ def indexer() -> None:
         end = torch.arange(keys - tokens, keys, device="cuda") + 1
         indexer_scores(q, k, weight, start, end, scale(tokens, 64), scale(keys))
         indexer_topk(q, k, weight, start, end, 300, scale(tokens, 64), scale(keys))
-        tokens, keys = 1101, 9001
+        tokens, keys = 1061, 8201
         q, k, weight = draw(tokens, 64, 128, dtype=dtype), draw(keys, 128, dtype=dtype), draw(tokens, 64).float()
         start = torch.arange(tokens, device="cuda") * 3
         end = torch.arange(keys - tokens, keys, device="cuda") + 1
