@@ -2,7 +2,7 @@
 
 So the sum over heads runs along the columns, which one thread mostly holds itself. A block of queries stays in shared
 memory while key tiles stream by; several programs share a multiprocessor, so that the ReLU and sum of one hide behind
-the product of another.
+the product of another. Many queries on Hopper: `kernels.indexer_scores.gluon`.
 
 Legend: T query tokens, S keys, H heads (P: padded to a power of two), D head dim; in a program B queries, N = B*P
 columns, M keys of a tile.

@@ -1,4 +1,4 @@
-"""Lightning indexer and top-k in one operation: on a GPU at most 1 GiB of scores exists at a time."""
+"""Lightning indexer and top-k in one operation: on a GPU at most 1 GiB of scores or candidates exists at a time."""
 
 from torch import Tensor
 

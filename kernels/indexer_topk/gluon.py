@@ -10,6 +10,8 @@
 Legend: T query tokens, S keys, K slots, L = 4 lists of a query.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -113,6 +115,29 @@ def pays(keys: int, k: int) -> bool:
     return keys >= 2 * slots_of_lists(k)
 
 
+class Inputs(NamedTuple):
+    """What `kernels.indexer_scores.gluon.launch` begins with."""
+
+    q_THD: Tensor
+    k_SD: Tensor
+    weight_TH: Tensor
+    key_start_T: Tensor
+    key_end_T: Tensor
+    q_scale_TH: Tensor | None
+    k_scale_S: Tensor | None
+
+    def of(self, queries: slice) -> "Inputs":
+        return Inputs(
+            self.q_THD[queries],
+            self.k_SD,
+            self.weight_TH[queries],
+            self.key_start_T[queries],
+            self.key_end_T[queries],
+            None if self.q_scale_TH is None else self.q_scale_TH[queries],
+            self.k_scale_S,
+        )
+
+
 def by_threshold(
     q_THD: Tensor,
     k_SD: Tensor,
@@ -123,55 +148,57 @@ def by_threshold(
     q_scale_TH: Tensor | None = None,
     k_scale_S: Tensor | None = None,
     failed: list[Tensor] | None = None,
-    warps: int = 4,
+    memory_bytes: int = BYTES,
 ) -> tuple[Tensor, Tensor]:
     """Launches, for some queries after the others. The marks of queries whose guess failed are added to `failed`."""
+    inputs = Inputs(q_THD, k_SD, weight_TH, key_start_T, key_end_T, q_scale_TH, k_scale_S)
     tokens, device = q_THD.shape[0], q_THD.device
-    out = empty_result(tokens, k, device)
-    rows = min(tokens, BYTES // (8 * 4 * slots_of_lists(k)))
-    memory = torch.empty(rows * 4 * slots_of_lists(k), dtype=torch.int64, device=device)
+    indices_TK, lengths_T = empty_result(tokens, k, device)
+    size = slots_of_lists(k)
+    rows = min(tokens, memory_bytes // (8 * gluon.LISTS * size))
+    lists_TLC = torch.empty(rows, gluon.LISTS, size, dtype=torch.int64, device=device)
     for first in range(0, tokens, rows):
         here = slice(first, first + rows)
-        scale_TH = None if q_scale_TH is None else q_scale_TH[here]
-        inputs = (q_THD[here], k_SD, weight_TH[here], key_start_T[here], key_end_T[here], scale_TH, k_scale_S)
-        marks_T = _by_threshold(inputs, k, out[0][here], out[1][here], memory, warps)
+        marks_T = _by_threshold(inputs.of(here), k, indices_TK[here], lengths_T[here], lists_TLC)
         if failed is not None:
             failed.append(marks_T)
-    return out
+    return indices_TK, lengths_T
 
 
-def _by_threshold(inputs, k: int, indices_TK: Tensor, lengths_T: Tensor, memory: Tensor, warps: int) -> Tensor:
-    q_THD, k_SD, weight_TH, start_T, end_T, scale_TH, k_scale_S = inputs
-    tokens, keys, device = q_THD.shape[0], k_SD.shape[0], q_THD.device
+def _by_threshold(inputs: Inputs, k: int, indices_TK: Tensor, lengths_T: Tensor, lists_TLC: Tensor) -> Tensor:
+    tokens, keys, device = inputs.q_THD.shape[0], inputs.k_SD.shape[0], inputs.q_THD.device
+    start_T, end_T = inputs.key_start_T, inputs.key_end_T
     sampled = triton.cdiv(keys - PERIOD // 2, PERIOD)
     sample_TS = torch.empty(tokens, triton.cdiv(sampled, 16) * 16, dtype=torch.float32, device=device)
     gluon.launch(*inputs, sample_TS, period=PERIOD)
     threshold_T = torch.empty(tokens, dtype=torch.float32, device=device)
-    size = slots_of_lists(k)
+    size = lists_TLC.shape[2]
     threshold_kernel[(tokens,)](
         sample_TS, start_T, end_T, threshold_T, keys, sample_TS.stride(0), k, size,
         SAMPLE=triton.next_power_of_2(sampled), PERIOD=PERIOD, num_warps=4 if sampled <= 4096 else 16,
     )  # fmt: skip
     counts_TL = torch.empty(tokens, gluon.LISTS, dtype=torch.int32, device=device)
-    lists_TLC = memory[: tokens * 4 * size].view(tokens, 4, size)
-    gluon.launch(*inputs, lists_TLC, threshold_T=threshold_T, counts_TL=counts_TL)
+    gluon.launch(*inputs, lists_TLC[:tokens], threshold_T=threshold_T, counts_TL=counts_TL)
     failed_T = torch.empty(tokens, dtype=torch.int32, device=device)
     select_from_lists_kernel[(tokens,)](
-        lists_TLC, counts_TL, threshold_T, indices_TK, lengths_T, failed_T, k,
-        SLOTS=size, R=4, W=32 * warps, num_warps=warps,
-    )  # fmt: skip
+        lists_TLC, counts_TL, threshold_T, indices_TK, lengths_T, failed_T, k, SLOTS=size, R=4, W=128, num_warps=4
+    )
     # the lists are done with: their memory takes the scores of those that failed
-    scores = memory.view(torch.float32)
     columns = triton.cdiv(keys, 16) * 16
-    rows = max(1, min(tokens, scores.numel() // columns))
-    if rows * columns > scores.numel():
-        scores = torch.empty(columns, dtype=torch.float32, device=device)
+    memory = lists_TLC.view(-1).view(torch.float32)
+    if memory.numel() < columns:
+        memory = torch.empty(columns, dtype=torch.float32, device=device)
+    rows = min(tokens, memory.numel() // columns)
     for first in range(0, tokens, rows):
         here = slice(first, first + rows)
-        part = tuple(x if x is None else x[here] for x in (q_THD, weight_TH, start_T, end_T, scale_TH))
-        scores_TS = scores[: part[0].shape[0] * columns].view(-1, columns)[:, :keys]
-        gluon.launch(part[0], k_SD, *part[1:], k_scale_S, scores_TS, windows=4, chosen_T=failed_T[here])
+        part = inputs.of(here)
+        scores_TS = memory[: part.q_THD.shape[0] * columns].view(-1, columns)[:, :keys]
+        gluon.launch(*part, scores_TS, windows=4, chosen_T=failed_T[here])
         select(
-            scores_TS, k, range_T=(part[2], part[3]), chosen_T=failed_T[here], out=(indices_TK[here], lengths_T[here])
+            scores_TS,
+            k,
+            range_T=(part.key_start_T, part.key_end_T),
+            chosen_T=failed_T[here],
+            out=(indices_TK[here], lengths_T[here]),
         )
     return failed_T

@@ -1,5 +1,6 @@
 """Indexer scores and top-k: in one kernel, whose scores go through a chunk that stays in the L2 cache, never through a
-full matrix; or, where the queries fill a card, in two (`by_rows`), some queries after the others.
+full matrix; or, where the queries fill a card, in two (`by_rows`), some queries after the others. On Hopper
+`kernels.indexer_topk.gluon` is faster than either.
 
 A program owns a block of queries and a split of their keys. It scores a chunk of keys into its scratch, then lets each
 query's row pass the threshold into its candidate buffer, as `kernels.topk.triton` does (that file says why the buffer

@@ -60,7 +60,6 @@ WIDE_WORDS = gl.constexpr(gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0]))
 NARROW_WORDS = gl.constexpr(gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0]))
 WORDS_IN_MEMORY = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2))
 PART = 16  # blocks of one token before the other's turn: an even number
-PART_BEYOND_CACHE = 4  # where the L2 cache does not hold the keys: more tokens meet a row before it is forgotten
 
 
 @gluon.jit
@@ -576,7 +575,7 @@ def sparse_attention(
     indices_TK: torch.Tensor,
     scale: float,
     sink_H: torch.Tensor | None = None,
-    part: int | None = None,
+    part: int = PART,
     together: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launches the kernel where `supports` says so. Arguments are checked by the caller; see the package."""
@@ -590,7 +589,6 @@ def sparse_attention(
     programs = processors(q_THD.device)
     together = together or (2 if tokens >= 2 * programs else 1)
     tiles = triton.cdiv(tokens, together)
-    part = part or (PART if kv_SD.shape[0] * dim * 2 <= 64 << 20 else PART_BEYOND_CACHE)
     sparse_attention_few_heads_kernel[(min(tiles, programs),)](
         q_THD,
         kv_SD,

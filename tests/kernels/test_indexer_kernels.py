@@ -232,7 +232,7 @@ def test_hopper_kernel_compiles_ahead() -> None:
     cases = [(kind, mode) for kind in ("bf16", "fp8e4nv") for mode in ("scores", "sample", "lists")]
     for case, got in zip(cases, compile_all([hopper_request(*case) for case in cases]), strict=True):
         assert got["shared"] <= 232_448
-        assert got["stack"] == 0, case
+        assert got["stack"] <= 16, case  # four registers, outside of the loop over tiles
         assert got["instructions"]["wgmma.mma_async"] == (16 if case[0] == "bf16" else 8), case
         assert got["instructions"]["setmaxnreg"] > 0
 
@@ -289,6 +289,41 @@ def test_thresholds_from_sampled_keys() -> None:
     for row in range(2):
         passed = int((scores_TS[row, start_T[row] : end_T[row]] > threshold_T[row]).sum())
         assert k < passed < 8 * k
+
+
+@interpreter_only
+def test_selection_by_threshold_around_the_hopper_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the Gluon kernel itself, which a stand-in replaces: guesses that hold and that fail, in several parts."""
+
+    def launch(
+        q_THD, k_SD, weight_TH, start_T, end_T, q_scale_TH, k_scale_S, out,
+        *, period=1, windows=1, chosen_T=None, threshold_T=None, counts_TL=None,
+    ):  # fmt: skip
+        scores_TS = scores_reference.indexer_scores(q_THD, k_SD, weight_TH, start_T, end_T, q_scale_TH, k_scale_S)
+        if threshold_T is None:
+            sampled_TS = scores_TS[:, period // 2 :: period]
+            chosen = torch.ones(len(out), dtype=torch.bool) if chosen_T is None else chosen_T > 0
+            out[chosen, : sampled_TS.shape[1]] = sampled_TS[chosen]
+            return
+        for row in range(len(out)):
+            quarter = -(-scores_TS.shape[1] // 4)
+            for place in range(4):
+                position = torch.arange(place * quarter, min((place + 1) * quarter, scores_TS.shape[1]))
+                position = position[scores_TS[row, position] > threshold_T[row]]
+                counts_TL[row, place] = len(position)
+                candidates = scores_TS[row, position].view(torch.int32).long() << 32 | position
+                out[row, place, : min(len(position), out.shape[2])] = candidates[: out.shape[2]]
+
+    monkeypatch.setattr(selection_kernels.gluon, "launch", launch)
+    inputs = list(last_queries(5, 9000, 2, 16, torch.float32))
+    inputs[0][1] = 0  # a row of equal scores
+    inputs[3][2], inputs[4][3] = 8000, 0  # few keys, none
+    failed: list[torch.Tensor] = []
+    got = selection_kernels.by_threshold(*inputs[:5], 50, *inputs[5:], failed=failed, memory_bytes=2 * 8 * 4 * 4096)
+    want = topk_reference.topk(scores_reference.indexer_scores(*inputs), 50)
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(got[1], want[1])
+    assert torch.cat(failed).tolist() == [0, 1, 0, 0, 0]
 
 
 @pytest.mark.slow
