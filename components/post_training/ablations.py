@@ -26,6 +26,7 @@ import json
 import math
 import multiprocessing
 import random
+import shlex
 import statistics
 import sys
 import time
@@ -315,9 +316,11 @@ def _begin_worker(threads: int) -> None:
 
 
 def command(options: argparse.Namespace) -> str:
-    return (
-        "python -m components.post_training.ablations --tasks DIR --checkpoint DIR "
-        f"--steps {options.steps} --seeds {' '.join(map(str, options.seeds))} --output FILE"
+    chosen = [] if options.variants == list(VARIANTS) else ["--variants", *options.variants]
+    return shlex.join(
+        ["python", "-m", "components.post_training.ablations", "--tasks", "DIR", "--checkpoint", "DIR"]
+        + (["--config", "FILE"] if options.config else [])
+        + ["--steps", str(options.steps), "--seeds", *map(str, options.seeds), *chosen, "--output", "FILE"]
     )
 
 
