@@ -211,7 +211,7 @@ def test_battery_report(made):
 
 def test_same_seed_same_bytes_and_another_seed_other_tasks(made, tmp_path):
     result, folder = made
-    again, folder_again = synthesise(tmp_path / "again")
+    again, folder_again = synthesise(tmp_path / "again", config=SMALL.model_copy(update={"workers": 1}))
     for file in folder.iterdir():
         if file.name != "manifest.json":
             assert (folder_again / file.name).read_bytes() == file.read_bytes()
@@ -246,7 +246,8 @@ def test_what_cannot_be_made_is_bad_input(tmp_path, changes, complaint):
     assert not list((tmp_path / "store").rglob("manifest.json"))
 
 
-TINY = SMALL.model_copy(update={"train_tasks": 4, "demonstrations": 4, "test_tasks": 4, "long_tasks": 0})
+# one worker, so that what a test puts in place of a part is seen
+TINY = SMALL.model_copy(update={"train_tasks": 4, "demonstrations": 4, "test_tasks": 4, "long_tasks": 0, "workers": 1})
 
 
 def test_a_template_in_two_splits_is_a_fault(tmp_path, monkeypatch):
