@@ -75,6 +75,7 @@ def test_compiles_ahead_for_each_generation() -> None:
         "position_ptr": None,
         "start_ptr": None,
         "end_ptr": None,
+        "chosen_ptr": None,
         "CAPACITY": 4096,
         "R": 2,
         "W": 128,
