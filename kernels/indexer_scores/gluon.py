@@ -31,6 +31,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from kernels.indexer_scores.triton import aligned
+
 thread_barrier = getattr(gl, "thread_barrier", None) or gl.barrier  # Triton 3.6, 3.7
 B = gl.constexpr(4)
 HEADS = gl.constexpr(64)
@@ -360,8 +362,7 @@ def indexer_scores_hopper_kernel(
 def supports(q_THD: Tensor, k_SD: Tensor) -> bool:
     """Shapes, dtypes and strides that the layouts and the copy engine take; on Hopper only."""
     kinds = (torch.bfloat16, torch.float16, torch.float8_e4m3fn)
-    aligned = k_SD.data_ptr() % 16 == 0 and k_SD.stride(0) * k_SD.element_size() % 16 == 0
-    return q_THD.dtype in kinds and q_THD.shape[1:] == (64, 128) and aligned
+    return q_THD.dtype in kinds and q_THD.shape[1:] == (64, 128) and aligned(k_SD)
 
 
 def launch(

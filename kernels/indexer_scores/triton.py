@@ -222,12 +222,22 @@ def tile_shape(q_THD: Tensor, paged: bool = False) -> dict[str, int]:
     return {"B": max(1, columns // padded), "M": 64 if hopper else 32, "STAGES": 3, "num_warps": 4}
 
 
+def aligned(k_SD: Tensor) -> bool:
+    """Whether address and rows are such as the bulk copy engine takes."""
+    return k_SD.data_ptr() % 16 == 0 and k_SD.stride(0) * k_SD.element_size() % 16 == 0
+
+
+def empty_scores(q_THD: Tensor, k_SD: Tensor) -> Tensor:
+    """[T, S] fp32 in rows of whole 64 bytes, which keep the stores of every row aligned."""
+    tokens, keys = q_THD.shape[0], k_SD.shape[0]
+    return torch.empty(tokens, triton.cdiv(keys, 16) * 16, dtype=torch.float32, device=q_THD.device)[:, :keys]
+
+
 def describable(k_SD: Tensor) -> bool:
     """Whether the bulk copy engine (Hopper and later) loads the key tiles."""
-    aligned = k_SD.data_ptr() % 16 == 0 and k_SD.stride(0) * k_SD.element_size() % 16 == 0
     # of e4m3 tiles plain asynchronous copies were measured faster
     wide = k_SD.element_size() > 1 and k_SD.shape[1] * k_SD.element_size() >= 16
-    return capability(k_SD.device) >= (9, 0) and aligned and wide
+    return capability(k_SD.device) >= (9, 0) and aligned(k_SD) and wide
 
 
 def launch(
@@ -247,8 +257,7 @@ def launch(
     without `fill` a row is undefined outside of its range (widened to whole 16 keys at its start)."""
     tokens, heads, dim = q_THD.shape
     keys = k_SD.shape[0]
-    # rows of whole 64 bytes keep the stores of every row aligned
-    scores_TS = torch.empty(tokens, triton.cdiv(keys, 16) * 16, dtype=torch.float32, device=q_THD.device)[:, :keys]
+    scores_TS = empty_scores(q_THD, k_SD)
     if tokens == 0 or keys == 0:
         return scores_TS
     if q_THD.stride(1) != dim:
@@ -311,10 +320,9 @@ def scores(
         return launch(q_THD, k_SD, weight_TH, key_start_T, key_end_T, q_scale_TH, k_scale_S, shape, fill=fill)
     from kernels.indexer_scores import gluon
 
-    keys = k_SD.shape[0]
-    scores_TS = torch.empty(q_THD.shape[0], triton.cdiv(keys, 16) * 16, dtype=torch.float32, device=q_THD.device)
-    gluon.launch(q_THD, k_SD, weight_TH, key_start_T, key_end_T, q_scale_TH, k_scale_S, scores_TS[:, :keys], fill=fill)
-    return scores_TS[:, :keys]
+    scores_TS = empty_scores(q_THD, k_SD)
+    gluon.launch(q_THD, k_SD, weight_TH, key_start_T, key_end_T, q_scale_TH, k_scale_S, scores_TS, fill=fill)
+    return scores_TS
 
 
 @torch.library.custom_op("sparseline::indexer_scores", mutates_args=())
