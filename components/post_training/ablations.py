@@ -139,8 +139,7 @@ def row(material: Material, variant: str, seed: int, base: PostTrainingConfig) -
     rng, aside = random.Random(f"{seed}/update"), random.Random(f"{seed}/gradient")
 
     def pass_at_1(temperature: float) -> float:
-        sampling = dataclasses.replace(validator.policy.sampling, temperature=temperature)
-        validator.policy.sampling = sampling
+        validator.policy.sampling = dataclasses.replace(validator.policy.sampling, temperature=temperature)
         return validate(validator, material.validation).macro
 
     before = pass_at_1(1.0)

@@ -133,8 +133,5 @@ def _shared_templates(tasks: list[TaskRecord]) -> list[str]:
 
 # What a family's work falls into. Each part has its own random numbers and needs none of the others, so that a family
 # that runs code, the slowest by far, does not leave the other cores idle.
-PARTS: dict[str, Callable[[Family, SynthesisConfig, int, Callable[[], None]], Made]] = {
-    "tasks": make_tasks_of,
-    "demonstrations": make_demonstrations_of,
-    "documents": make_documents_of,
-}
+Part = Callable[[Family, SynthesisConfig, int, Callable[[], None]], Made]
+PARTS: tuple[Part, ...] = (make_tasks_of, make_demonstrations_of, make_documents_of)

@@ -22,7 +22,7 @@ from components.runtime.stage import StageContext, StageResult
 from components.runtime.task_set import BATTERY, write_task_set
 from components.synthesis.config import SynthesisConfig
 from components.synthesis.family import Family, document_of, load_family
-from components.synthesis.parts import PARTS, Made
+from components.synthesis.parts import PARTS, Made, Part
 from components.synthesis.report import write_report
 
 _PROGRESS_SECONDS = 0.25
@@ -95,7 +95,7 @@ def make_families(families: Sequence[Family], config: SynthesisConfig, context: 
             context.progress.update(done, total, {})
 
         for family, part in jobs:
-            made[family.name].add(PARTS[part](family, config, context.seed, tick))
+            made[family.name].add(part(family, config, context.seed, tick))
         return list(made.values())
     spawn = multiprocessing.get_context("spawn")
     counter = spawn.Value("L", 0)
@@ -125,12 +125,12 @@ def _begin_worker(counter: Any) -> None:
     _counter = counter
 
 
-def _make_in_worker(name: str, part: str, config: SynthesisConfig, seed: int) -> Made:
+def _make_in_worker(name: str, part: Part, config: SynthesisConfig, seed: int) -> Made:
     def tick() -> None:
         with _counter.get_lock():
             _counter.value += 1
 
-    return PARTS[part](load_family(name), config, seed, tick)
+    return part(load_family(name), config, seed, tick)
 
 
 def _check_words(
