@@ -1,5 +1,5 @@
 """Dense attention of packed sequences: each query sees the key rows [key_start, key_end). PyTorch only, on every
-device.
+device; whole causal sequences on a CPU go through its fused kernel.
 
 Legend: T query tokens, S key rows, H query heads, G key-value heads, D key width, V value width.
 """
@@ -7,7 +7,7 @@ Legend: T query tokens, S key rows, H query heads, G key-value heads, D key widt
 import torch
 
 from kernels import checks
-from kernels.dense_attention import reference
+from kernels.dense_attention import cpu, reference
 
 
 def dense_attention(
@@ -22,8 +22,8 @@ def dense_attention(
 
     q_THD [T, H, D] and kv_SD [S, D] of one floating dtype; key_start_T, key_end_T [T] int32 or int64, 0 <= start, end
     <= S (an end at or before the start: no keys); scale multiplies q·k. Neighbouring rows with one key_start are
-    computed together. Returns (out_THV in q's dtype, lse_TH natural logarithm in fp32, float64 for float64); no keys:
-    out 0, lse -inf. Raises ValueError on wrong shapes, dtypes, devices or ranges.
+    computed together. Returns (out_THV in q's dtype, lse_TH natural logarithm in fp32, float64 for float64, without
+    gradient); no keys: out 0, lse -inf. Raises ValueError on wrong shapes, dtypes, devices or ranges.
     """
     checks.check_shape("q_THD", q_THD, None, None, None)
     checks.check_shape("kv_SD", kv_SD, None, q_THD.shape[2])
@@ -57,4 +57,9 @@ def dense_attention_gqa(
     checks.check_positive("scale", scale)
     checks.check_ranges(key_start_T, key_end_T, tokens, k_SGD.shape[0])
     checks.check_same("device", q_THD=q_THD, k_SGD=k_SGD, v_SGV=v_SGV, key_start_T=key_start_T, key_end_T=key_end_T)
-    return reference.dense_attention_gqa(q_THD, k_SGD, v_SGV, key_start_T, key_end_T, scale)
+    fused = tokens and q_THD.device.type == "cpu" and q_THD.dtype in (torch.float32, torch.float64)
+    sequences = cpu.causal_sequences(key_start_T, key_end_T) if fused else None
+    if sequences is not None:
+        return cpu.dense_attention_gqa(q_THD, k_SGD, v_SGV, sequences, scale)
+    out_THV, lse_TH = reference.dense_attention_gqa(q_THD, k_SGD, v_SGV, key_start_T, key_end_T, scale)
+    return out_THV, lse_TH.detach()

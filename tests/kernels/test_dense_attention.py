@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kernels.dense_attention import dense_attention, dense_attention_gqa, reference
+from kernels.dense_attention import cpu, dense_attention, dense_attention_gqa, reference
 from kernels.packing import plan_tiles
 
 
@@ -38,6 +38,50 @@ def test_equals_oracle_with_gradients(monkeypatch, budget):
     got = torch.autograd.grad((out * weights).sum(), (q, k, v))
     for a, b in zip(got, torch.autograd.grad((expected_out * weights).sum(), (q, k, v)), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("groups, value_dim", [(1, 5), (2, 6), (4, 9)])
+def test_whole_causal_sequences_equal_oracle_with_gradients(groups, value_dim):
+    start, end = packed([1, 17, 2, 70, 16, 3])
+    assert cpu.causal_sequences(start, end) == [
+        (0, 0, 1),
+        (1, 1, 17),
+        (18, 18, 2),
+        (20, 20, 70),
+        (90, 90, 16),
+        (106, 106, 3),
+    ]
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(109, 4, 6), (109, groups, 6), (109, groups, value_dim)]
+    q, k, v = (torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes)
+    out, lse = dense_attention_gqa(q, k, v, start, end, 0.4)
+    expected_out, expected_lse = oracle(q, k, v, start, end, 0.4)
+    torch.testing.assert_close(out, expected_out)
+    torch.testing.assert_close(lse, expected_lse)
+    weights = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+    got = torch.autograd.grad((out * weights).sum(), (q, k, v))
+    for a, b in zip(got, torch.autograd.grad((expected_out * weights).sum(), (q, k, v)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_sequence_does_not_depend_on_what_is_packed_beside_it():
+    generator = torch.Generator().manual_seed(0)
+    q, kv = (torch.randn(90, *s, generator=generator) for s in ((3, 8), (8,)))
+    together = dense_attention(q, kv, *packed([50, 40]), 0.5, 6)
+    alone = dense_attention(q[50:], kv[50:], *packed([40]), 0.5, 6)
+    assert all(torch.equal(a[50:], b) for a, b in zip(together, alone, strict=True))
+
+
+@pytest.mark.parametrize(
+    "start, end",
+    [
+        ([0, 0, 0], [1, 2, 2]),  # the last query does not see itself
+        ([0, 0, 0], [2, 3, 4]),  # a sequence whose first query comes late
+        ([0, 0, 2], [1, 2, 2]),  # a query without keys
+    ],
+)
+def test_other_ranges_are_not_taken_for_causal_sequences(start, end):
+    assert cpu.causal_sequences(torch.tensor(start), torch.tensor(end)) is None
 
 
 def test_mqa_values_are_the_first_columns():
