@@ -9,7 +9,7 @@ from components.environments import scripted
 from components.environments.internal_api import teachers
 from components.environments.internal_api.library import NAMES, TYPES, Library, build_library, chain
 from components.environments.internal_api.programs import MOST_HOPS, code_words, parse_program, programs
-from components.environments.internal_api.runner import called, run_program
+from components.environments.internal_api.runner import called, run_program, run_trusted
 from components.environments.protocol import Verdict
 from components.environments.scripted import LONG, STANDARD, LookupEpisode, Problem, Split, submit_tool, tool
 from components.environments.words import NUMBERS
@@ -133,9 +133,12 @@ class InternalApi:
 
     def reset(self, task: TaskRecord) -> ApiEpisode:
         """A fresh episode. Raises ValueError for a task of another family or version."""
+        return self._episode(task, run_program)
+
+    def _episode(self, task: TaskRecord, run: Callable[[str, str], str]) -> ApiEpisode:
         scripted.check_version(self, task)
         program = parse_program(task.template)
-        return ApiEpisode(task, build_library(task.initial_state["world_seed"], program.path, program.traps))
+        return ApiEpisode(task, build_library(task.initial_state["world_seed"], program.path, program.traps), run)
 
     def random_call(self, task: TaskRecord, rng: random.Random) -> ToolCall:
         if rng.random() < 0.2:
@@ -148,4 +151,4 @@ class InternalApi:
 
     def play(self, task: TaskRecord, kind: str, rng: random.Random) -> Demonstration:
         """The task as the teacher `kind` plays it, judged by the verifier."""
-        return teachers.play(self.reset(task), kind, rng)
+        return teachers.play(self._episode(task, run_trusted), kind, rng)  # the program is the teacher's own

@@ -1,9 +1,11 @@
-"""Runs a program that was written as words, in the sandbox, and reads which functions it calls."""
+"""Runs a program that was written as words, and reads which functions it calls. A model's program runs in the sandbox;
+one of the scripted players, which this package wrote, may run in this process."""
 
 from __future__ import annotations
 
 import ast
 from functools import lru_cache
+from typing import Any
 
 from components.environments.internal_api.library import MODULE
 from components.environments.sandbox import Sandbox, SandboxLimits
@@ -42,7 +44,33 @@ def _run_once(library: str, program: str) -> str:
         raise TimeoutError
     if not result.ok:
         return "error time" if result.ended == "cpu" else "error program"
-    words = result.output.split()
+    return _said(result.output)
+
+
+def run_trusted(library: str, program: str) -> str:
+    """As `run_program`, in this process: a hundred times as fast, and nothing is kept from doing harm.
+
+    For straight-line programs of the scripted players (`programs.code_words`), never for one that a model wrote.
+    """
+    printed: list[str] = []
+    names = {**_public_names(library), "print": lambda *values: printed.append(" ".join(map(str, values)))}
+    try:
+        exec(compile(source_of(program), "program", "exec"), names)
+    except Exception:
+        return "error program"
+    return _said("\n".join(printed))
+
+
+@lru_cache(maxsize=512)
+def _public_names(library: str) -> dict[str, Any]:
+    """What `from library import *` would give."""
+    names: dict[str, Any] = {}
+    exec(compile(library, MODULE, "exec"), names)
+    return {name: value for name, value in names.items() if not name.startswith("_")}
+
+
+def _said(output: str) -> str:
+    words = output.split()
     return words[0] if len(words) == 1 and words[0] in NUMBERS else "error output"
 
 

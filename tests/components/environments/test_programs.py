@@ -1,8 +1,12 @@
 """Programs of `internal_api`, run in the real sandbox."""
 
+import random
+
 import pytest
 
 from components.environments.internal_api import runner
+from components.environments.internal_api.library import NAMES, build_library, chain
+from components.environments.internal_api.programs import code_words, programs
 from components.environments.sandbox import Sandbox, SandboxLimits
 from tests.components.environments.marks import runs_code
 
@@ -22,3 +26,19 @@ def test_a_program_that_a_busy_machine_made_late_is_tried_again(monkeypatch):
 def test_a_program_that_computes_too_long_is_out_of_time(number):
     """Several, because the kernel ends them a tick before or after the second is full."""
     assert runner.run_program(f"def spin():\n    while True: {number}\n", "spin ( )") == "error time"
+
+
+def test_programs_of_the_scripted_players_print_the_same_in_this_process_as_in_the_sandbox():
+    rng = random.Random(0)
+    heard = set()
+    for program in rng.sample([*programs(1), *programs(2)], 12):
+        library = build_library(rng.getrandbits(48), program.path, program.traps)
+        right = [one.name for one in chain(library, program.path)]
+        for names in (right, right[::-1], [rng.choice(NAMES)], rng.sample(sorted(library.functions), 2)):
+            words = code_words(names, rng.randrange(100))
+            said = runner.run_program(library.source, words)
+            assert runner.run_trusted(library.source, words) == said, words
+            heard.add(said)
+        assert runner.run_trusted(library.source, "x = ;") == runner.run_program(library.source, "x = ;")
+    assert "error program" in heard
+    assert len(heard) > 10
