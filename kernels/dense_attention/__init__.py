@@ -58,8 +58,8 @@ def dense_attention_gqa(
     checks.check_ranges(key_start_T, key_end_T, tokens, k_SGD.shape[0])
     checks.check_same("device", q_THD=q_THD, k_SGD=k_SGD, v_SGV=v_SGV, key_start_T=key_start_T, key_end_T=key_end_T)
     fused = tokens and q_THD.device.type == "cpu" and q_THD.dtype in (torch.float32, torch.float64)
-    sequences = cpu.causal_sequences(key_start_T, key_end_T) if fused else None
-    if sequences is not None:
-        return cpu.dense_attention_gqa(q_THD, k_SGD, v_SGV, sequences, scale)
+    lengths = cpu.causal_lengths(key_start_T, key_end_T, k_SGD.shape[0]) if fused else None
+    if lengths is not None:
+        return cpu.dense_attention_gqa(q_THD, k_SGD, v_SGV, lengths, scale)
     out_THV, lse_TH = reference.dense_attention_gqa(q_THD, k_SGD, v_SGV, key_start_T, key_end_T, scale)
     return out_THV, lse_TH.detach()

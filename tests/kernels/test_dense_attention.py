@@ -43,14 +43,7 @@ def test_equals_oracle_with_gradients(monkeypatch, budget):
 @pytest.mark.parametrize("groups, value_dim", [(1, 5), (2, 6), (4, 9)])
 def test_whole_causal_sequences_equal_oracle_with_gradients(groups, value_dim):
     start, end = packed([1, 17, 2, 70, 16, 3])
-    assert cpu.causal_sequences(start, end) == [
-        (0, 0, 1),
-        (1, 1, 17),
-        (18, 18, 2),
-        (20, 20, 70),
-        (90, 90, 16),
-        (106, 106, 3),
-    ]
+    assert cpu.causal_lengths(start, end, 109) == [1, 17, 2, 70, 16, 3]
     generator = torch.Generator().manual_seed(0)
     shapes = [(109, 4, 6), (109, groups, 6), (109, groups, value_dim)]
     q, k, v = (torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes)
@@ -73,15 +66,17 @@ def test_a_sequence_does_not_depend_on_what_is_packed_beside_it():
 
 
 @pytest.mark.parametrize(
-    "start, end",
+    "start, end, rows",
     [
-        ([0, 0, 0], [1, 2, 2]),  # the last query does not see itself
-        ([0, 0, 0], [2, 3, 4]),  # a sequence whose first query comes late
-        ([0, 0, 2], [1, 2, 2]),  # a query without keys
+        ([0, 0, 0], [1, 2, 2], 3),  # the last query does not see itself
+        ([0, 0, 0], [2, 3, 4], 4),  # the first query comes late
+        ([0, 0, 2], [1, 2, 2], 3),  # a query without keys
+        ([1, 1, 3], [2, 3, 4], 4),  # keys of other rows
+        ([0, 0, 1], [1, 2, 3], 3),  # the last query sees another sequence
     ],
 )
-def test_other_ranges_are_not_taken_for_causal_sequences(start, end):
-    assert cpu.causal_sequences(torch.tensor(start), torch.tensor(end)) is None
+def test_other_ranges_are_not_taken_for_causal_sequences(start, end, rows):
+    assert cpu.causal_lengths(torch.tensor(start), torch.tensor(end), rows) is None
 
 
 def test_mqa_values_are_the_first_columns():
