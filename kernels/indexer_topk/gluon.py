@@ -7,7 +7,7 @@
 4. Where a guess was too high, or so low that a list could not hold what passed (ties, clusters), the query is marked,
    and its scores and top-k are taken in full, by the same score kernel: the result is exact for any input.
 
-Legend: T query tokens, S keys, K slots, L = 4 lists of a query.
+Legend: T query tokens, S keys, K slots, L lists of a query (4).
 """
 
 from typing import NamedTuple
@@ -40,7 +40,9 @@ def threshold_kernel(
 ):
     """-inf where the lists have room for all keys of a query."""
     row = tl.program_id(0).to(tl.int64)
-    start = tl.maximum(tl.load(start_ptr + row).to(tl.int32), 0)
+    start = 0
+    if start_ptr is not None:
+        start = tl.maximum(tl.load(start_ptr + row).to(tl.int32), 0)
     end = tl.minimum(tl.load(end_ptr + row).to(tl.int32), keys)
     key_N = tl.arange(0, SAMPLE) * PERIOD + PERIOD // 2
     inside_N = (key_N >= start) & (key_N < end)
@@ -51,29 +53,40 @@ def threshold_kernel(
 
 
 @triton.jit
+def _places(slot_N, count_ptr, LISTS: tl.constexpr, SLOTS: tl.constexpr):
+    """Where in the lists of a query the candidates lie that are `slot_N` when the lists are put behind one another."""
+    place_N = slot_N
+    begin = 0
+    for i in tl.static_range(1, LISTS):
+        count = tl.load(count_ptr + i - 1)
+        begin += count
+        place_N += tl.where(slot_N >= begin, SLOTS - count, 0)
+    return place_N
+
+
+@triton.jit
 def select_from_lists_kernel(
-    list_ptr,  # [T, 4, SLOTS] of (score, position)
-    count_ptr,  # [T, 4]
+    list_ptr,  # [T, LISTS, SLOTS] of (score, position)
+    count_ptr,  # [T, LISTS]
     threshold_ptr,
     out_position_ptr,
     length_ptr,
     failed_ptr,
     k,
+    LISTS: tl.constexpr,
     SLOTS: tl.constexpr,
     R: tl.constexpr,
     W: tl.constexpr,
 ):
-    """SLOTS candidates of a query at most, in its four lists together."""
+    """SLOTS candidates of a query at most, in all of its lists together."""
     CHUNK: tl.constexpr = 4 * R * W
     row = tl.program_id(0).to(tl.int64)
-    list_ptr += row * (4 * SLOTS)
+    list_ptr += row * (LISTS * SLOTS)
+    count_ptr += row * LISTS
     out_position_ptr += row * k
-    count0 = tl.load(count_ptr + row * 4)
-    count1 = tl.load(count_ptr + row * 4 + 1)
-    count2 = tl.load(count_ptr + row * 4 + 2)
-    begin2 = count0 + count1
-    begin3 = begin2 + count2
-    count = begin3 + tl.load(count_ptr + row * 4 + 3)
+    count = 0
+    for i in tl.static_range(LISTS):
+        count += tl.load(count_ptr + i)
     failed = (count > SLOTS) | ((count < k) & (tl.load(threshold_ptr + row) > float("-inf")))
     tl.store(failed_ptr + row, failed.to(tl.int32))
     count = tl.where(failed, 0, count)
@@ -81,10 +94,8 @@ def select_from_lists_kernel(
     final = -1
     if count > k:
         slot_N = tl.arange(0, SLOTS)
-        place_N = slot_N + tl.where(slot_N >= count0, SLOTS - count0, 0) + tl.where(slot_N >= begin2, SLOTS - count1, 0)
-        place_N += tl.where(slot_N >= begin3, SLOTS - count2, 0)
         # scores only: the upper halves
-        score_ptr_N = list_ptr.to(tl.pointer_type(tl.float32)) + 2 * place_N + 1
+        score_ptr_N = list_ptr.to(tl.pointer_type(tl.float32)) + 2 * _places(slot_N, count_ptr, LISTS, SLOTS) + 1
         key_N = sortable(tl.load(score_ptr_N, mask=slot_N < count, other=float("-inf")))
         lowest = tl.min(tl.where(slot_N < count, key_N, 2147483647), 0)
         cut, final = divide(key_N, slot_N, lowest, count, count, k, k)
@@ -92,10 +103,8 @@ def select_from_lists_kernel(
     for first in range(0, count, CHUNK):
         slot_WR = first + tl.arange(0, W)[:, None] * 4 + tl.arange(0, R)[None, :] * (4 * W)
         slot_WRV = slot_WR[:, :, None] + tl.arange(0, 4)[None, None, :]
-        place_WRV = slot_WRV + tl.where(slot_WRV >= count0, SLOTS - count0, 0)
-        place_WRV += tl.where(slot_WRV >= begin2, SLOTS - count1, 0) + tl.where(slot_WRV >= begin3, SLOTS - count2, 0)
         inside_WRV = slot_WRV < count
-        candidate_WRV = tl.load(list_ptr + place_WRV, mask=inside_WRV, other=0)
+        candidate_WRV = tl.load(list_ptr + _places(slot_WRV, count_ptr, LISTS, SLOTS), mask=inside_WRV, other=0)
         key_WRV = sortable(candidate_score(candidate_WRV))
         keep_WRV = inside_WRV & ((key_WRV > cut) | ((key_WRV == cut) & (slot_WRV <= final)))
         out_WRV, kept = slots(kept, keep_WRV, R)
@@ -181,8 +190,9 @@ def _by_threshold(inputs: Inputs, k: int, indices_TK: Tensor, lengths_T: Tensor,
     gluon.launch(*inputs, lists_TLC[:tokens], threshold_T=threshold_T, counts_TL=counts_TL)
     failed_T = torch.empty(tokens, dtype=torch.int32, device=device)
     select_from_lists_kernel[(tokens,)](
-        lists_TLC, counts_TL, threshold_T, indices_TK, lengths_T, failed_T, k, SLOTS=size, R=4, W=128, num_warps=4
-    )
+        lists_TLC, counts_TL, threshold_T, indices_TK, lengths_T, failed_T, k, LISTS=gluon.LISTS, SLOTS=size, R=4,
+        W=128, num_warps=4,
+    )  # fmt: skip
     # the lists are done with: their memory takes the scores of those that failed
     columns = triton.cdiv(keys, 16) * 16
     memory = lists_TLC.view(-1).view(torch.float32)

@@ -35,6 +35,7 @@ from kernels.topk.triton import (
     candidate_score,
     columns_of_rows,
     compact,
+    empty_result,
     likely_threshold,
     merge,
     place_rows,
@@ -70,6 +71,7 @@ def indexer_topk_kernel(
     k_scale_ptr,
     start_ptr,  # None: every range starts at 0
     end_ptr,
+    chosen_ptr,  # None: all queries; else those with a number other than 0, nothing is written for others; B is 1 then
     table_ptr,  # page table [N, pages of a sequence]; None: keys lie in one piece
     sequence_ptr,
     out_score_ptr,  # [T, splits, K]; None: only positions are wanted
@@ -120,6 +122,11 @@ def indexer_topk_kernel(
         # the last queries see the most keys in a causal batch: they go first
         token = (blocks - 1 - task // splits) * B
         start_B, end_B, present_B, low, high = block_range(start_ptr, end_ptr, token, tokens, keys, B)
+        slots_out = k
+        if chosen_ptr is not None:
+            chosen = tl.load(chosen_ptr + token) != 0
+            high = tl.where(chosen, high, low)
+            slots_out = tl.where(chosen, k, 0)
         part = tl.cdiv(tl.cdiv(high - low, splits), M) * M
         low = tl.minimum(low + (task % splits) * part, high)
         high = tl.minimum(low + part, high)
@@ -187,7 +194,7 @@ def indexer_topk_kernel(
         for query in range(0, queries):
             count = tl.sum(tl.where(index_B == query, count_B, 0), 0)
             out = ((token + query).to(tl.int64) * splits + task % splits) * k
-            for first in range(0, k, PIECE):
+            for first in range(0, slots_out, PIECE):
                 slot_C = first + tl.arange(0, PIECE)
                 candidate_C = tl.load(buffer_ptr + query * CAPACITY + slot_C)
                 filled_C = slot_C < count
@@ -197,7 +204,7 @@ def indexer_topk_kernel(
                     part_score_C = tl.where(filled_C, candidate_score(candidate_C), float("-inf"))
                     tl.store(out_score_ptr + out + slot_C, part_score_C, mask=slot_C < k)
             if length_ptr is not None:
-                tl.store(length_ptr + token + query, count)
+                tl.store(length_ptr + token + query, count, mask=slots_out > 0)
         tl.debug_barrier()
 
 
@@ -221,15 +228,17 @@ def launch(
     sample: int | None = None,
     sigmas: float | None = None,
     pieces: int = 2,
+    chosen_T: Tensor | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(positions_TK, lengths_T). `k_tensor` is k_SD, or with a page table the cache [pages, page size, D].
+    `chosen_T` int32 (paged only): tokens with a 0 are left alone in `out`.
 
     Of a paged cache one program serves one token: tokens of a block would need one page table.
     """
     tokens, heads, dim = q_THD.shape
     device = q_THD.device
-    position_TK = torch.empty(tokens, k, dtype=torch.int32, device=device)
-    length_T = torch.empty(tokens, dtype=torch.int32, device=device)
+    position_TK, length_T = out or empty_result(tokens, k, device)
     if tokens == 0 or k_tensor.shape[0] == 0:
         return position_TK.fill_(-1), length_T.zero_()
     if q_THD.stride(1) != dim:
@@ -262,6 +271,7 @@ def launch(
         k_scale,
         key_start_T,
         key_end_T,
+        chosen_T,
         page_table_NP,
         sequence_T,
         part_score,
@@ -295,7 +305,7 @@ def launch(
         **options,
     )
     if part_score is not None:
-        return merge(part_score, k, part_position)
+        return merge(part_score, k, part_position, chosen_T, (position_TK, length_T))
     return position_TK, length_T
 
 

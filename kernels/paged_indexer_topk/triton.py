@@ -1,7 +1,8 @@
 """Paged selection on a GPU: the fused kernel of `kernels.indexer_topk` reads keys through the page table.
 
 One program serves one query token and a split of its keys; the splits' results are merged by the exact top-k, and a
-last small kernel turns positions into cache rows.
+last small kernel turns positions into cache rows. Many tokens over e4m3 keys on Hopper are the business of
+`kernels.paged_indexer_topk.gluon`.
 
 Legend: T query tokens, H heads, D head dim, K slots; cache pages P of S tokens; N sequences.
 """
@@ -12,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.indexer_topk.triton import launch
+from kernels.launch import capability
 
 
 @triton.jit
@@ -28,6 +30,19 @@ def cache_rows_kernel(
     tl.store(row_ptr + offset, tl.where(used, page * page_size + position % page_size, -1), mask=slot < k)
 
 
+def _positions(
+    q_THD, k_cache_PSD, weight_TH, page_table_NP, sequence_T, key_end_T, k: int, q_scale_TH, k_scale_PS
+) -> tuple[Tensor, Tensor]:
+    if capability(q_THD.device) == (9, 0):
+        from kernels.paged_indexer_topk import gluon
+
+        if gluon.supports(q_THD, k_cache_PSD, page_table_NP, k):
+            return gluon.by_threshold(
+                q_THD, k_cache_PSD, weight_TH, page_table_NP, sequence_T, key_end_T, k, q_scale_TH, k_scale_PS
+            )
+    return launch(q_THD, k_cache_PSD, weight_TH, None, key_end_T, k, q_scale_TH, k_scale_PS, page_table_NP, sequence_T)
+
+
 @torch.library.custom_op("sparseline::paged_indexer_topk", mutates_args=())
 def paged_indexer_topk(
     q_THD: Tensor,
@@ -41,17 +56,11 @@ def paged_indexer_topk(
     k_scale_PS: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `kernels.paged_indexer_topk.paged_indexer_topk`; fp32, bf16, fp16 or e4m3."""
-    positions_TK, lengths_T = launch(
-        q_THD,
-        k_cache_PSD,
-        weight_TH.contiguous(),
-        None,
-        key_end_T,
-        k,
-        q_scale_TH.float().contiguous() if q_scale_TH is not None else None,
-        k_scale_PS.float() if k_scale_PS is not None else None,
-        page_table_NP,
-        sequence_T,
+    weight_TH = weight_TH.contiguous()
+    q_scale_TH = q_scale_TH.float().contiguous() if q_scale_TH is not None else None
+    k_scale_PS = k_scale_PS.float() if k_scale_PS is not None else None
+    positions_TK, lengths_T = _positions(
+        q_THD, k_cache_PSD, weight_TH, page_table_NP, sequence_T, key_end_T, k, q_scale_TH, k_scale_PS
     )
     rows_TK = torch.empty_like(positions_TK)
     if q_THD.shape[0] and page_table_NP.numel():

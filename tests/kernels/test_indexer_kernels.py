@@ -1,5 +1,7 @@
 """Indexer scores, fused and paged selection kernels: in Triton's interpreter without a GPU, at full size on a GPU."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from kernels.indexer_topk import gluon as selection_kernels
 from kernels.indexer_topk import indexer_topk
 from kernels.indexer_topk import reference as fused_reference
 from kernels.indexer_topk import triton as fused_kernels
+from kernels.paged_indexer_topk import gluon as paged_selection_kernels
 from kernels.paged_indexer_topk import paged_indexer_topk
 from kernels.paged_indexer_topk import reference as paged_reference
 from kernels.topk import reference as topk_reference
@@ -164,7 +167,7 @@ def requests(capability: int) -> list[dict]:
     """Production shapes of the scores, fused and paged kernels for one generation."""
     tile = {"STAGES": 3, "UPCAST": False, "HEADS": 64, "P": 64, "DIM": 128, "DESCRIBED": False}
     base = dict.fromkeys(["weight_ptr", "q_scale_ptr", "k_scale_ptr", "out_score_ptr", "chunk_ptr"], "*fp32")
-    base |= dict.fromkeys(["start_ptr", "end_ptr", "table_ptr", "out_position_ptr", "length_ptr"], "*i32")
+    base |= dict.fromkeys(["start_ptr", "end_ptr", "chosen_ptr", "table_ptr", "out_position_ptr", "length_ptr"], "*i32")
     base |= {"buffer_ptr": "*i64", "sequence_ptr": "*i64", "out_ptr": "*fp32"}
     names = "tokens keys window splits q_stride k_stride out_stride table_stride sequences pages page_stride"
     base |= dict.fromkeys([*names.split(), "scale_page_stride", "k", "limit"], "i32")
@@ -183,7 +186,7 @@ def requests(capability: int) -> list[dict]:
             "GUESS_FROM": 16384,
             "PAGE": 64,
         }
-        one_piece = {"table_ptr": None, "sequence_ptr": None, "out_score_ptr": None}
+        one_piece = dict.fromkeys(["table_ptr", "sequence_ptr", "out_score_ptr", "chosen_ptr"])
         paged = {"start_ptr": None, "length_ptr": None, "B": 1, "M": 128 if capability == 90 else 32}
         for function, constants in [
             ("kernels.indexer_scores.triton:indexer_scores_kernel", tile | rows | no_scale | {"FILL": True}),
@@ -263,7 +266,7 @@ def test_selection_from_lists(kind: str) -> None:
     indices_TK, lengths_T = torch.full((rows, k), -7, dtype=torch.int32), torch.full((rows,), -7, dtype=torch.int32)
     failed_T = torch.full((rows,), -7, dtype=torch.int32)
     selection_kernels.select_from_lists_kernel[(rows,)](
-        lists_TLC, counts_TL, threshold_T, indices_TK, lengths_T, failed_T, k, SLOTS=size, R=2, W=4
+        lists_TLC, counts_TL, threshold_T, indices_TK, lengths_T, failed_T, k, LISTS=4, SLOTS=size, R=2, W=4
     )
     count_T = counts_TL.sum(1)
     assert torch.equal(failed_T > 0, (count_T > size) | ((count_T < k) & (threshold_T > -torch.inf)))
@@ -428,3 +431,114 @@ def test_card_paged_selection_with_interleaved_scales(dtype: torch.dtype) -> Non
     page = device_case["page_table_NP"][device_case["sequence_T"]].gather(1, positions_TK.clamp(min=0).long() // 64)
     mapped = torch.where(positions_TK < 0, -1, page * 64 + positions_TK % 64)
     assert torch.equal(rows_TK, mapped.int())
+
+
+def whole_numbers(tokens: int, pages: int, kind: str) -> dict[str, torch.Tensor]:
+    """Decoding of `tokens` sequences of `pages` pages with small whole numbers, whose scores are exact in any order of
+    summation, and full of ties."""
+    generator = torch.Generator("cuda").manual_seed(tokens)
+    draw = partial(torch.randint, device="cuda", generator=generator)
+    q_THD, keys = draw(-2, 3, (tokens, 64, 128)), draw(-2, 3, (tokens * pages, 64, 128))
+    weight_TH, scale = draw(-3, 4, (tokens, 64)), 2 ** draw(0, 2, (tokens * pages, 64))
+    table_NP = torch.randperm(tokens * pages, device="cuda", generator=generator).view(tokens, pages)
+    end_T = torch.full((tokens,), pages * 64, device="cuda")
+    if kind == "plateau":  # fewer than k scores above 0
+        weight_TH = weight_TH.abs()
+        keys[table_NP[:, 8:]] = 0
+    if kind == "clusters":  # where no position is sampled
+        keys = torch.where(torch.arange(64, device="cuda")[:, None] < 16, keys, keys % 2)
+    if kind == "ragged":
+        end_T = (end_T * torch.rand(tokens, device="cuda", generator=generator)).long()
+        end_T[:3] = torch.tensor([0, 77, pages * 64 - 1])
+    raw = torch.zeros(tokens * pages, 64 * 132, dtype=torch.uint8, device="cuda")
+    k_cache_PSD = raw[:, : 64 * 128].view(FP8).view(-1, 64, 128)
+    k_cache_PSD.copy_(keys.half().to(FP8))
+    raw[:, 64 * 128 :].view(torch.float32).copy_(scale)
+    case = dict(q_THD=q_THD.half().to(FP8), k_cache_PSD=k_cache_PSD, weight_TH=weight_TH.float(), key_end_T=end_T)
+    case |= dict(page_table_NP=table_NP.int(), sequence_T=torch.arange(tokens, device="cuda"))
+    return case | {"k_scale_PS": raw[:, 64 * 128 :].view(torch.float32)}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("splits", [None, 1, 4])
+@pytest.mark.parametrize("kind", ["random", "plateau", "clusters", "ragged", "no scales"])
+def test_card_paged_selection_by_threshold_is_exact(kind: str, splits: int | None) -> None:
+    tokens, pages, k = 40, 300, 1024
+    case = whole_numbers(tokens, pages, kind)
+    if kind == "no scales":
+        case["k_scale_PS"] = None
+    assert paged_selection_kernels.supports(case["q_THD"], case["k_cache_PSD"], case["page_table_NP"], k)
+    failed: list[torch.Tensor] = []
+    # room for 24 tokens at a time
+    memory = 24 * 8 * 8 * (splits or 2) * selection_kernels.slots_of_lists(k)
+    options = {"splits": splits, "failed": failed, "memory_bytes": memory}
+    positions_TK, lengths_T = paged_selection_kernels.by_threshold(**case, k=k, **options)
+    for token in range(tokens):
+        page = case["page_table_NP"][token].long()
+        keys_SD = case["k_cache_PSD"][page].view(-1, 128)[: case["key_end_T"][token]].float()
+        score_S = torch.relu(keys_SD @ case["q_THD"][token].float().T) @ case["weight_TH"][token]
+        if case["k_scale_PS"] is not None:
+            score_S *= case["k_scale_PS"][page].flatten()[: len(score_S)]
+        want = score_S.sort(descending=True, stable=True).indices[:k].sort().values
+        assert int(lengths_T[token]) == len(want)
+        assert torch.equal(positions_TK[token, : len(want)].long(), want)
+        assert (positions_TK[token, len(want) :] == -1).all()
+    assert bool(torch.cat(failed).any()) == (kind in ("plateau", "clusters"))
+    for _ in range(20):
+        rows_TK, again_TK, _ = paged_indexer_topk(**case, k=k)
+        assert torch.equal(again_TK, positions_TK)
+    place_TK = positions_TK.clamp(min=0).long()
+    want_TK = case["page_table_NP"].gather(1, place_TK // 64) * 64 + place_TK % 64
+    assert torch.equal(rows_TK, torch.where(positions_TK < 0, -1, want_TK).int())
+
+
+@interpreter_only
+def test_paged_selection_by_threshold_around_the_hopper_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the Gluon kernel itself, which a stand-in replaces: a guess that holds, one that fails, few keys."""
+
+    def launch(q_THD, k_cache_PSD, weight_TH, table_NP, sequence_T, end_T, _q, _k, threshold_T, lists_TLC, counts_TL):
+        lists = lists_TLC.shape[1]
+        for row in range(len(q_THD)):
+            keys_SD = k_cache_PSD[table_NP[sequence_T[row]].long()].flatten(0, 1)[: end_T[row]].float()
+            score_S = torch.relu(keys_SD @ q_THD[row].float().T) @ weight_TH[row]
+            run = -(-len(score_S) // (64 * lists)) * 64
+            for place in range(lists):
+                position = torch.arange(place * run, max(place * run, min((place + 1) * run, len(score_S))))
+                position = position[score_S[position] > threshold_T[row]]
+                counts_TL[row, place] = len(position)
+                lists_TLC[row, place, : len(position)] = score_S[position].view(torch.int32).long() << 32 | position
+
+    monkeypatch.setattr(paged_selection_kernels, "launch", launch)
+    generator = torch.Generator().manual_seed(5)
+    draw = partial(torch.randint, -2, 3, generator=generator)
+    case = dict(q_THD=draw((4, 64, 128)).float(), k_cache_PSD=draw((400, 64, 128)).float())
+    case["q_THD"][1] = 0  # a row of equal scores
+    case |= dict(weight_TH=draw((4, 64)).float(), key_end_T=torch.tensor([9000, 8300, 100, 0]))
+    case |= dict(sequence_T=torch.tensor([1, 0, 1, 1]), page_table_NP=torch.randperm(400, generator=generator)[:300])
+    case["page_table_NP"] = case["page_table_NP"].view(2, 150).int()
+    failed: list[torch.Tensor] = []
+    got = paged_selection_kernels.by_threshold(**case, k=30, failed=failed, splits=2, memory_bytes=3 * 8 * 16 * 4096)
+    _, positions_TK, lengths_T = paged_reference.paged_indexer_topk(**case, k=30)
+    assert torch.equal(got[0], positions_TK)
+    assert torch.equal(got[1], lengths_T)
+    assert torch.cat(failed).tolist() == [0, 1, 0, 0]
+
+
+@pytest.mark.slow
+def test_paged_hopper_kernel_compiles_ahead() -> None:
+    from triton.experimental.gluon import language as gl
+
+    shared = gl.NVMMASharedLayout(128, 8, 2)
+    arguments = {name: f"tensordesc<fp8e4nv[{rows}, 128],{shared!r}>" for name, rows in
+                 (("q_tile", 64), ("k_tiles", 16))}  # fmt: skip
+    arguments |= dict.fromkeys(["weight_ptr", "q_scale_ptr", "scale_ptr", "threshold_ptr"], "*fp32")
+    arguments |= dict.fromkeys(["table_ptr", "count_ptr"], "*i32") | dict.fromkeys(["sequence_ptr", "end_ptr"], "*i64")
+    names = "sequences table_pages table_stride cache_pages rows_of_page scale_stride"
+    arguments |= dict.fromkeys(names.split(), "i32") | {"list_ptr": "*i64"}
+    request = dict(function="kernels.paged_indexer_topk.gluon:paged_lists_hopper_kernel", arguments=arguments)
+    request |= dict(constants=dict(SPLITS=2, SLOTS=8192), options=dict(num_warps=4, maxnreg=168), capability=90)
+    (got,) = compile_all([request])
+    assert got["shared"] <= 232_448
+    assert got["stack"] == 0
+    assert got["instructions"]["wgmma.mma_async"] == 32  # four of 32 columns a tile, four tiles, two groups
+    assert got["instructions"]["setmaxnreg"] > 0
