@@ -40,9 +40,7 @@ def threshold_kernel(
 ):
     """-inf where the lists have room for all keys of a query."""
     row = tl.program_id(0).to(tl.int64)
-    start = 0
-    if start_ptr is not None:
-        start = tl.maximum(tl.load(start_ptr + row).to(tl.int32), 0)
+    start = tl.maximum(tl.load(start_ptr + row).to(tl.int32), 0)
     end = tl.minimum(tl.load(end_ptr + row).to(tl.int32), keys)
     key_N = tl.arange(0, SAMPLE) * PERIOD + PERIOD // 2
     inside_N = (key_N >= start) & (key_N < end)
@@ -70,9 +68,15 @@ def select_from_lists_kernel(
     count_ptr,  # [T, LISTS]
     threshold_ptr,
     out_position_ptr,
+    out_row_ptr,  # None: positions are all that is wanted; else cache rows, by the page table
     length_ptr,
     failed_ptr,
+    table_ptr,
+    sequence_ptr,
+    sequences,
+    table_stride,
     k,
+    PAGE: tl.constexpr,
     LISTS: tl.constexpr,
     SLOTS: tl.constexpr,
     R: tl.constexpr,
@@ -84,6 +88,10 @@ def select_from_lists_kernel(
     list_ptr += row * (LISTS * SLOTS)
     count_ptr += row * LISTS
     out_position_ptr += row * k
+    if out_row_ptr is not None:
+        out_row_ptr += row * k
+        sequence = tl.minimum(tl.maximum(tl.load(sequence_ptr + row), 0), sequences - 1)
+        table_ptr += sequence.to(tl.int64) * table_stride
     count = 0
     for i in tl.static_range(LISTS):
         count += tl.load(count_ptr + i)
@@ -108,11 +116,17 @@ def select_from_lists_kernel(
         key_WRV = sortable(candidate_score(candidate_WRV))
         keep_WRV = inside_WRV & ((key_WRV > cut) | ((key_WRV == cut) & (slot_WRV <= final)))
         out_WRV, kept = slots(kept, keep_WRV, R)
-        tl.store(out_position_ptr + out_WRV, candidate_position(candidate_WRV), mask=keep_WRV)
+        position_WRV = candidate_position(candidate_WRV)
+        tl.store(out_position_ptr + out_WRV, position_WRV, mask=keep_WRV)
+        if out_row_ptr is not None:
+            page_WRV = tl.load(table_ptr + position_WRV // PAGE, mask=keep_WRV, other=0).to(tl.int32)
+            tl.store(out_row_ptr + out_WRV, page_WRV * PAGE + position_WRV % PAGE, mask=keep_WRV)
     tl.store(length_ptr + row, kept)
     for first in range(kept // CHUNK * CHUNK, k, CHUNK):
         slot_C = first + tl.arange(0, CHUNK)
         tl.store(out_position_ptr + slot_C, tl.full([CHUNK], -1, tl.int32), mask=(slot_C >= kept) & (slot_C < k))
+        if out_row_ptr is not None:
+            tl.store(out_row_ptr + slot_C, tl.full([CHUNK], -1, tl.int32), mask=(slot_C >= kept) & (slot_C < k))
 
 
 def slots_of_lists(k: int) -> int:
@@ -190,8 +204,8 @@ def _by_threshold(inputs: Inputs, k: int, indices_TK: Tensor, lengths_T: Tensor,
     gluon.launch(*inputs, lists_TLC[:tokens], threshold_T=threshold_T, counts_TL=counts_TL)
     failed_T = torch.empty(tokens, dtype=torch.int32, device=device)
     select_from_lists_kernel[(tokens,)](
-        lists_TLC, counts_TL, threshold_T, indices_TK, lengths_T, failed_T, k, LISTS=gluon.LISTS, SLOTS=size, R=4,
-        W=128, num_warps=4,
+        lists_TLC, counts_TL, threshold_T, indices_TK, None, lengths_T, failed_T, None, None, 1, 0, k, PAGE=1,
+        LISTS=gluon.LISTS, SLOTS=size, R=4, W=128, num_warps=4,
     )  # fmt: skip
     # the lists are done with: their memory takes the scores of those that failed
     columns = triton.cdiv(keys, 16) * 16

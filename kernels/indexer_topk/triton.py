@@ -76,6 +76,7 @@ def indexer_topk_kernel(
     sequence_ptr,
     out_score_ptr,  # [T, splits, K]; None: only positions are wanted
     out_position_ptr,
+    out_row_ptr,  # of a paged cache with one split; None: not wanted
     length_ptr,  # None with several splits
     chunk_ptr,
     buffer_ptr,
@@ -200,6 +201,10 @@ def indexer_topk_kernel(
                 filled_C = slot_C < count
                 position_C = tl.where(filled_C, candidate_position(candidate_C), -1)
                 tl.store(out_position_ptr + out + slot_C, position_C, mask=slot_C < k)
+                if out_row_ptr is not None:
+                    page_C = tl.load(sequence_table_ptr + position_C // PAGE, mask=filled_C, other=0).to(tl.int32)
+                    row_C = tl.where(filled_C, page_C * PAGE + position_C % PAGE, -1)
+                    tl.store(out_row_ptr + out + slot_C, row_C, mask=slot_C < k)
                 if out_score_ptr is not None:
                     part_score_C = tl.where(filled_C, candidate_score(candidate_C), float("-inf"))
                     tl.store(out_score_ptr + out + slot_C, part_score_C, mask=slot_C < k)
@@ -229,16 +234,16 @@ def launch(
     sigmas: float | None = None,
     pieces: int = 2,
     chosen_T: Tensor | None = None,
-    out: tuple[Tensor, Tensor] | None = None,
+    out: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(positions_TK, lengths_T). `k_tensor` is k_SD, or with a page table the cache [pages, page size, D].
-    `chosen_T` int32 (paged only): tokens with a 0 are left alone in `out`.
+    `chosen_T` int32 (paged, one split): tokens with a 0 are left alone in `out`: positions, lengths and cache rows.
 
     Of a paged cache one program serves one token: tokens of a block would need one page table.
     """
     tokens, heads, dim = q_THD.shape
     device = q_THD.device
-    position_TK, length_T = out or empty_result(tokens, k, device)
+    position_TK, length_T, row_TK = out or (*empty_result(tokens, k, device), None)
     if tokens == 0 or k_tensor.shape[0] == 0:
         return position_TK.fill_(-1), length_T.zero_()
     if q_THD.stride(1) != dim:
@@ -276,6 +281,7 @@ def launch(
         sequence_T,
         part_score,
         part_position,
+        row_TK,
         None if splits > 1 else length_T,
         torch.empty(scratch_rows, pieces * chunk, dtype=torch.float32, device=device),
         torch.empty(scratch_rows, capacity, dtype=torch.int64, device=device),
@@ -305,7 +311,7 @@ def launch(
         **options,
     )
     if part_score is not None:
-        return merge(part_score, k, part_position, chosen_T, (position_TK, length_T))
+        return merge(part_score, k, part_position)
     return position_TK, length_T
 
 

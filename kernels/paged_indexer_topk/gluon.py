@@ -30,17 +30,10 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels.indexer_scores.gluon import KEY, QUERY, SCORES, _append, thread_barrier
 from kernels.indexer_scores.triton import INTERPRETED, block_range, load_queries, load_weights, score_range
-from kernels.indexer_topk.gluon import (
-    BYTES,
-    PERIOD,
-    pays,
-    select_from_lists_kernel,
-    slots_of_lists,
-    threshold_kernel,
-)
+from kernels.indexer_topk.gluon import BYTES, PERIOD, pays, select_from_lists_kernel, slots_of_lists
 from kernels.indexer_topk.triton import launch as launch_in_full
 from kernels.launch import capability, processors
-from kernels.topk.triton import empty_result
+from kernels.topk.triton import LOWEST_KEY, MINUS_INFINITY_KEY, empty_result
 
 PAGE = gl.constexpr(64)
 HEADS = gl.constexpr(64)
@@ -48,9 +41,12 @@ DIM = gl.constexpr(128)
 RUNS = gl.constexpr(8)  # of a program: one for each consumer warp
 STAGES = gl.constexpr(16)  # tiles in flight: those of two pages of each run
 PRODUCT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 32]))
+SAMPLED = gl.constexpr(gl.BlockedLayout([4], [32], [4], [0]))
 COPIED = gl.constexpr(gl.BlockedLayout([2], [32], [1], [0]))  # scales of a tile, by the producer warp
 SHARED = gl.NVMMASharedLayout(128, 8, 2)
+MOST_PAGES = 4096  # of a sequence: a group holds the sampled scores of all of them
 MOST_SPLITS = 4  # parts of a token's pages
+SEARCH = {"R": 2, "W": 512, "num_warps": 16}
 SAMPLED_AT_ONCE = 256  # positions of a program
 
 
@@ -84,17 +80,18 @@ def sample_kernel(
     STAGES: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Scores of the middle position of every PERIOD: PART of them a program."""
+    """Scores of the last position of every PERIOD, PART of them a program. The last key of a page lies next to its
+    scale where scales follow keys."""
     token = tl.program_id(0)
     start_B, end_B, present_B, _low, end = block_range(None, end_ptr, token, tokens, keys, 1)
     sequence = tl.minimum(tl.maximum(tl.load(sequence_ptr + token), 0), sequences - 1)
     q_ND = load_queries(q_ptr, token, tokens, q_stride, H, H, D, H)
     weight_N = load_weights(weight_ptr, q_scale_ptr, token, tokens, H, H, H)
     low = tl.program_id(1) * PART
-    high = tl.minimum(low + PART, (end + (PERIOD - 1) // 2) // PERIOD)
+    high = tl.minimum(low + PART, end // PERIOD)
     score_range(
         sample_ptr + (token + tl.arange(0, 1)).to(tl.int64) * sample_stride, q_ND, weight_N, k_ptr, k_scale_ptr,
-        k_stride, start_B, end_B, present_B, low, high, keys, PERIOD, PERIOD // 2,
+        k_stride, start_B, end_B, present_B, low, high, keys, PERIOD, PERIOD - 1,
         table_ptr + sequence.to(tl.int64) * table_stride, pages, page_stride, scale_page_stride,
         1, H, D, M, PAGE, STAGES, UPCAST, False,
     )  # fmt: skip
@@ -158,9 +155,39 @@ def _producer(
 
 
 @gluon.jit
+def _threshold(sample_ptr, end, wanted, SAMPLE: gl.constexpr, PERIOD: gl.constexpr):
+    """As `kernels.topk.triton.likely_threshold`: just below the `wanted` best of the sample or a few more; -inf where
+    there are not as many."""
+    index_N = gl.arange(0, SAMPLE, SAMPLED)
+    inside_N = index_N * PERIOD + (PERIOD - 1) < end
+    score_N = gl.load(sample_ptr + index_N, mask=inside_N, other=float("-inf"))
+    bits_N = gl.where(score_N == score_N, score_N, float("-inf")).to(gl.int32, bitcast=True)
+    bits_N = gl.where(bits_N == LOWEST_KEY, 0, bits_N)
+    key_N = bits_N ^ ((bits_N >> 31) & 0x7FFFFFFF)
+    valid_N = key_N > MINUS_INFINITY_KEY
+    valid = gl.sum(valid_N.to(gl.int32), 0)
+    low = gl.min(gl.where(valid_N, key_N, 2147483647), 0) - 1
+    high = gl.max(key_N, 0)
+    found = valid
+    limit = wanted + wanted // 16
+    while (found > limit) & (high - 1 > low):
+        middle = (low & high) + ((low ^ high) >> 1)
+        above = gl.sum((key_N > middle).to(gl.int32), 0)
+        enough = above >= wanted
+        low = gl.where(enough, middle, low)
+        found = gl.where(enough, above, found)
+        high = gl.where(enough, high, middle)
+    # a plateau at `high`: just below it, so that its members may pass (below 0 lies -0.0, which does not let 0.0 pass)
+    key = gl.where(found > limit, gl.where(high == 0, -2, high - 1), low)
+    guess = (key ^ ((key >> 31) & 0x7FFFFFFF)).to(gl.float32, bitcast=True)
+    return gl.where(valid > wanted, guess, float("-inf"))
+
+
+@gluon.jit
 def _consumer(
-    q, k, scales, barriers, weight_ptr, q_scale_ptr, scale_ptr, threshold_ptr, end_ptr, list_ptr, count_ptr,
-    table_pages, SPLITS: gl.constexpr, SLOTS: gl.constexpr, G: gl.constexpr,
+    q, k, scales, barriers, weight_ptr, q_scale_ptr, scale_ptr, sample_ptr, threshold_ptr, end_ptr, list_ptr, count_ptr,
+    table_pages, sample_stride, wanted, SPLITS: gl.constexpr, SLOTS: gl.constexpr, SAMPLE: gl.constexpr,
+    PERIOD: gl.constexpr, G: gl.constexpr,
 ):  # fmt: skip
     q_ready, ready, free = barriers
     token, end, _pages, run, first = _part(end_ptr, table_pages, SPLITS)
@@ -168,7 +195,11 @@ def _consumer(
     weight_N = gl.load(weight_ptr + head_N).to(gl.float32)
     if q_scale_ptr is not None:
         weight_N *= gl.load(q_scale_ptr + head_N)
-    threshold = gl.load(threshold_ptr + token)
+    # meanwhile the producer fills the tiles
+    threshold = _threshold(sample_ptr + token.to(gl.int64) * sample_stride, end, wanted, SAMPLE, PERIOD)
+    threshold = gl.where(end <= SLOTS, float("-inf"), threshold)  # the lists have room for all keys
+    if (first + G) == 0:
+        gl.store(threshold_ptr + token, threshold)
     row_M = gl.arange(0, 64, KEY)
     run_M = first + G * 4 + row_M // 16
     key_M = run_M * run * PAGE + row_M % 16
@@ -219,7 +250,8 @@ def paged_lists_hopper_kernel(
     table_ptr,
     sequence_ptr,
     end_ptr,
-    threshold_ptr,
+    sample_ptr,  # scores of the last position of every PERIOD
+    threshold_ptr,  # [T], to be written
     list_ptr,  # [T, L, SLOTS] of (score, position) as int64
     count_ptr,  # [T, L], what would be in the lists if they were long enough
     sequences,
@@ -228,8 +260,12 @@ def paged_lists_hopper_kernel(
     cache_pages,
     rows_of_page,
     scale_stride,
+    sample_stride,
+    wanted,  # so many of the sampled scores, or a few more, lie above the threshold
     SPLITS: gl.constexpr,
     SLOTS: gl.constexpr,
+    SAMPLE: gl.constexpr,
+    PERIOD: gl.constexpr,
 ):
     dtype: gl.constexpr = k_tiles.dtype
     shared: gl.constexpr = k_tiles.layout
@@ -252,12 +288,12 @@ def paged_lists_hopper_kernel(
     gl.warp_specialize(
         [
             (_consumer, (
-                q, k, scales, barriers, weight_ptr, q_scale_ptr, scale_ptr, threshold_ptr, end_ptr, list_ptr, count_ptr,
-                table_pages, SPLITS, SLOTS, gl.constexpr(0),
+                q, k, scales, barriers, weight_ptr, q_scale_ptr, scale_ptr, sample_ptr, threshold_ptr, end_ptr,
+                list_ptr, count_ptr, table_pages, sample_stride, wanted, SPLITS, SLOTS, SAMPLE, PERIOD, gl.constexpr(0),
             )),
             (_consumer, (
-                q, k, scales, barriers, weight_ptr, q_scale_ptr, scale_ptr, threshold_ptr, end_ptr, list_ptr, count_ptr,
-                table_pages, SPLITS, SLOTS, gl.constexpr(1),
+                q, k, scales, barriers, weight_ptr, q_scale_ptr, scale_ptr, sample_ptr, threshold_ptr, end_ptr,
+                list_ptr, count_ptr, table_pages, sample_stride, wanted, SPLITS, SLOTS, SAMPLE, PERIOD, gl.constexpr(1),
             )),
             (_producer, (
                 q_tile, k_tiles, q, k_pieces, scales, barriers, scale_ptr, table_ptr, sequence_ptr, end_ptr, sequences,
@@ -276,6 +312,7 @@ def supports(q_THD: Tensor, k_cache_PSD: Tensor, page_table_NP: Tensor, k: int) 
     shapes = q_THD.shape[1:] == (64, 128) and k_cache_PSD.shape[1:] == (64, 128) and k_cache_PSD.shape[0] > 0
     strides = k_cache_PSD.stride()[1:] == (128, 1) and k_cache_PSD.stride(0) % 128 == 0
     enough = MOST_SPLITS * q_THD.shape[0] >= processors(q_THD.device) and pays(page_table_NP.shape[1] * 64, k)
+    enough &= page_table_NP.shape[1] <= MOST_PAGES
     return shapes and strides and k_cache_PSD.data_ptr() % 16 == 0 and enough
 
 
@@ -295,11 +332,14 @@ def launch(
     key_end_T: Tensor,
     q_scale_TH: Tensor | None,
     k_scale_PS: Tensor | None,
+    sample_TS: Tensor,
+    wanted: int,
     threshold_T: Tensor,
     lists_TLC: Tensor,
     counts_TL: Tensor,
 ) -> None:
-    """Appends the (score, position) above each token's threshold to its lists, and writes how many there are."""
+    """Writes each token's threshold, appends the (score, position) above it to the lists, and writes how many there
+    are."""
     splits = lists_TLC.shape[1] // RUNS.value
     paged_lists_hopper_kernel[(q_THD.shape[0] * splits,)](
         TensorDescriptor.from_tensor(q_THD.view(-1, 128), [64, 128], SHARED),
@@ -310,6 +350,7 @@ def launch(
         page_table_NP,
         sequence_T,
         key_end_T,
+        sample_TS,
         threshold_T,
         lists_TLC,
         counts_TL,
@@ -319,8 +360,12 @@ def launch(
         k_cache_PSD.shape[0],
         k_cache_PSD.stride(0) // 128,
         0 if k_scale_PS is None else k_scale_PS.stride(0),
+        sample_TS.stride(0),
+        wanted,
         SPLITS=splits,
         SLOTS=lists_TLC.shape[2],
+        SAMPLE=max(512, triton.next_power_of_2(page_table_NP.shape[1])),
+        PERIOD=PERIOD,
         num_warps=4,
         maxnreg=168,
     )
@@ -346,16 +391,19 @@ def by_threshold(
     failed: list[Tensor] | None = None,
     memory_bytes: int = BYTES,
     splits: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(positions_TK, lengths_T), where `supports` says so; for some tokens after the others. The marks of tokens whose
-    guess failed are added to `failed`."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(rows_TK, positions_TK, lengths_T), where `supports` says so; for some tokens after the others. The marks of
+    tokens whose guess failed are added to `failed`."""
     tokens, device, pages = q_THD.shape[0], q_THD.device, page_table_NP.shape[1]
     positions_TK, lengths_T = empty_result(tokens, k, device)
+    rows_TK = torch.empty_like(positions_TK)
     q_THD = q_THD.contiguous()
     q_THD = q_THD.clone() if q_THD.data_ptr() % 16 else q_THD
     size = slots_of_lists(k)
     splits = splits or choose_splits(tokens, pages, device)
     lists = splits * RUNS.value
+    expected = k / PERIOD
+    wanted = int(expected + 5 * expected**0.5 + 5)  # five standard deviations, as there
     rows = max(1, min(tokens, memory_bytes // (8 * lists * size)))
     lists_TLC = torch.empty(rows, lists, size, dtype=torch.int64, device=device)
     counts_TL = torch.empty(rows, lists, dtype=torch.int32, device=device)
@@ -365,7 +413,7 @@ def by_threshold(
         here = slice(first, first + rows)
         q, weight, sequence, end = q_THD[here], weight_TH[here], sequence_T[here], key_end_T[here]
         q_scale = None if q_scale_TH is None else q_scale_TH[here]
-        found = positions_TK[here], lengths_T[here]
+        positions, rows_here, lengths = positions_TK[here], rows_TK[here], lengths_T[here]
         count = q.shape[0]
         scale_stride = 0 if k_scale_PS is None else k_scale_PS.stride(0)
         sample_kernel[(count, triton.cdiv(pages, SAMPLED_AT_ONCE))](
@@ -374,21 +422,19 @@ def by_threshold(
             k_cache_PSD.shape[0], k_cache_PSD.stride(0), scale_stride,
             H=64, D=128, PAGE=64, PERIOD=PERIOD, PART=SAMPLED_AT_ONCE, M=64, STAGES=4, UPCAST=INTERPRETED, num_warps=4,
         )  # fmt: skip
-        threshold_kernel[(count,)](
-            sample_TS, None, end, threshold_T, pages * 64, sample_TS.stride(0), k, size,
-            SAMPLE=triton.next_power_of_2(pages), PERIOD=PERIOD, num_warps=8 if pages <= 4096 else 16,
-        )  # fmt: skip
         launch(
-            q, k_cache_PSD, weight, page_table_NP, sequence, end, q_scale, k_scale_PS, threshold_T, lists_TLC, counts_TL
-        )
+            q, k_cache_PSD, weight, page_table_NP, sequence, end, q_scale, k_scale_PS, sample_TS, wanted, threshold_T,
+            lists_TLC, counts_TL,
+        )  # fmt: skip
         failed_T = torch.empty(count, dtype=torch.int32, device=device)
         select_from_lists_kernel[(count,)](
-            lists_TLC, counts_TL, threshold_T, *found, failed_T, k, LISTS=lists, SLOTS=size, R=2, W=512, num_warps=16
-        )
+            lists_TLC, counts_TL, threshold_T, positions, rows_here, lengths, failed_T, page_table_NP, sequence,
+            page_table_NP.shape[0], page_table_NP.stride(0), k, PAGE=64, LISTS=lists, SLOTS=size, **SEARCH,
+        )  # fmt: skip
         launch_in_full(
-            q, k_cache_PSD, weight, None, end, k, q_scale, k_scale_PS, page_table_NP, sequence, chosen_T=failed_T,
-            out=found,
+            q, k_cache_PSD, weight, None, end, k, q_scale, k_scale_PS, page_table_NP, sequence, splits=1,
+            chosen_T=failed_T, out=(positions, lengths, rows_here),
         )  # fmt: skip
         if failed is not None:
             failed.append(failed_T)
-    return positions_TK, lengths_T
+    return rows_TK, positions_TK, lengths_T

@@ -30,19 +30,6 @@ def cache_rows_kernel(
     tl.store(row_ptr + offset, tl.where(used, page * page_size + position % page_size, -1), mask=slot < k)
 
 
-def _positions(
-    q_THD, k_cache_PSD, weight_TH, page_table_NP, sequence_T, key_end_T, k: int, q_scale_TH, k_scale_PS
-) -> tuple[Tensor, Tensor]:
-    if capability(q_THD.device) == (9, 0):
-        from kernels.paged_indexer_topk import gluon
-
-        if gluon.supports(q_THD, k_cache_PSD, page_table_NP, k):
-            return gluon.by_threshold(
-                q_THD, k_cache_PSD, weight_TH, page_table_NP, sequence_T, key_end_T, k, q_scale_TH, k_scale_PS
-            )
-    return launch(q_THD, k_cache_PSD, weight_TH, None, key_end_T, k, q_scale_TH, k_scale_PS, page_table_NP, sequence_T)
-
-
 @torch.library.custom_op("sparseline::paged_indexer_topk", mutates_args=())
 def paged_indexer_topk(
     q_THD: Tensor,
@@ -59,8 +46,15 @@ def paged_indexer_topk(
     weight_TH = weight_TH.contiguous()
     q_scale_TH = q_scale_TH.float().contiguous() if q_scale_TH is not None else None
     k_scale_PS = k_scale_PS.float() if k_scale_PS is not None else None
-    positions_TK, lengths_T = _positions(
-        q_THD, k_cache_PSD, weight_TH, page_table_NP, sequence_T, key_end_T, k, q_scale_TH, k_scale_PS
+    if capability(q_THD.device) == (9, 0):
+        from kernels.paged_indexer_topk import gluon
+
+        if gluon.supports(q_THD, k_cache_PSD, page_table_NP, k):
+            return gluon.by_threshold(
+                q_THD, k_cache_PSD, weight_TH, page_table_NP, sequence_T, key_end_T, k, q_scale_TH, k_scale_PS
+            )
+    positions_TK, lengths_T = launch(
+        q_THD, k_cache_PSD, weight_TH, None, key_end_T, k, q_scale_TH, k_scale_PS, page_table_NP, sequence_T
     )
     rows_TK = torch.empty_like(positions_TK)
     if q_THD.shape[0] and page_table_NP.numel():

@@ -257,6 +257,11 @@ def topk_kernel(
     CHUNK: tl.constexpr = 4 * R * W
     program = tl.program_id(0)
     buffer_ptr += program.to(tl.int64) * CAPACITY
+    if chosen_ptr is not None:  # most often there is none
+        found = 0
+        for task in range(program, tasks, tl.num_programs(0)):
+            found |= tl.load(chosen_ptr + task // splits)
+        tasks = tl.where(found != 0, tasks, 0)
     for task in range(program, tasks, tl.num_programs(0)):
         row = (task // splits).to(tl.int64)
         begin = (task % splits) * split_positions
@@ -327,7 +332,6 @@ def topk_kernel(
 def merge_kernel(
     score_ptr,
     position_ptr,
-    chosen_ptr,  # None: all rows; else those with a number other than 0, and nothing is written for the others
     out_position_ptr,
     length_ptr,
     candidates,
@@ -339,9 +343,6 @@ def merge_kernel(
     """One row, all of its candidates in registers at once."""
     CHUNK: tl.constexpr = 4 * R * W
     row = tl.program_id(0).to(tl.int64)
-    if chosen_ptr is not None:  # noqa: SIM102
-        if tl.load(chosen_ptr + row) == 0:
-            return
     score_ptr += row * candidates
     position_ptr += row * candidates
     out_position_ptr += row * k
@@ -451,23 +452,16 @@ def select(
     return indices_TK, lengths_T
 
 
-def merge(
-    scores_TS: Tensor,
-    k: int,
-    positions_TS: Tensor,
-    chosen_T: Tensor | None = None,
-    out: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Top-k of what parts of a row selected beside each other; -inf marks the slots that no candidate filled.
-    `chosen_T`, `out`: as in `select`."""
+def merge(scores_TS: Tensor, k: int, positions_TS: Tensor) -> tuple[Tensor, Tensor]:
+    """Top-k of what parts of a row selected beside each other; -inf marks the slots that no candidate filled."""
     rows, candidates = scores_TS.shape
-    indices_TK, lengths_T = out or empty_result(rows, k, scores_TS.device)
     if candidates > MERGED:
-        return select(scores_TS, k, positions_TS, 1, chosen_T=chosen_T, out=(indices_TK, lengths_T))
+        return select(scores_TS, k, positions_TS, 1)
     capacity = triton.next_power_of_2(candidates)
     warps = min(16, max(4, capacity // 512))
+    indices_TK, lengths_T = empty_result(rows, k, scores_TS.device)
     merge_kernel[(rows,)](
-        scores_TS, positions_TS, chosen_T, indices_TK, lengths_T, candidates, k,
+        scores_TS, positions_TS, indices_TK, lengths_T, candidates, k,
         CAPACITY=capacity, R=1, W=32 * warps, num_warps=warps,
     )  # fmt: skip
     return indices_TK, lengths_T
