@@ -61,6 +61,16 @@ PARTS = gl.constexpr(
         shape=[64, 4, 4],
     )
 )
+# the same as [keys, lanes, queries], the queries of a key side by side in a thread
+EXCHANGED = gl.constexpr(
+    gl.DistributedLinearLayout(
+        reg_bases=[[0, 0, 1], [0, 0, 2], [8, 0, 0]],
+        lane_bases=[[0, 1, 0], [0, 2, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]],
+        warp_bases=[[16, 0, 0], [32, 0, 0]],
+        block_bases=[],
+        shape=[64, 4, 4],
+    )
+)
 SUMS = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [4, 1], [16, 8]))
 LINE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 ONE_WARP = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))
@@ -99,9 +109,9 @@ def _walk(start_ptr, end_ptr, chosen_ptr, tokens, keys, PERIOD: gl.constexpr, la
 @gluon.jit
 def _producer(
     q_tiles, k_tiles, q, k_quarters, barriers, start_ptr, end_ptr, chosen_ptr, tokens, keys, PERIOD: gl.constexpr,
-    STAGES: gl.constexpr,
+    STAGES: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
-    q_ready, ready, free = barriers
+    q_ready, ready, free, _ = barriers
     WIDTH: gl.constexpr = k_tiles.block_shape[1]
     PARTS_OF_D: gl.constexpr = q.shape[0] // 2
     token, low, _high, tiles = _walk(start_ptr, end_ptr, chosen_ptr, tokens, keys, PERIOD, ONE_WARP)
@@ -113,7 +123,7 @@ def _producer(
                 tma.async_copy_global_to_shared(q_tiles, [(token + group * B) * HEADS, part * WIDTH], q_ready, q_place)
     slot = 0
     phase = 1
-    for tile in range(tiles):
+    for tile in range(gl.where(tiles > 0, tiles + EARLY, 0)):  # past the last keys: zeros, or other keys
         mbarrier.wait(free.index(slot), phase)
         mbarrier.expect(ready.index(slot), 64 * 128 * PARTS_OF_D)
         for part in gl.static_range(PARTS_OF_D):
@@ -164,10 +174,60 @@ def _sum_by_product(product_MN, weight_NU):
 
 
 @gluon.jit
-def _sum_by_lanes(product_MN, weight_N):
+def _parts(product_MN, weight_N):
+    """[keys, queries, lanes]: each lane's share of the sum over heads."""
     weighted = gl.reshape(gl.maximum(product_MN, 0.0) * gl.expand_dims(weight_N, 0), [64, B, 8, 4, 2])
-    part = gl.convert_layout(gl.sum(gl.sum(weighted, 4), 2), PARTS)
+    return gl.sum(gl.sum(weighted, 4), 2)
+
+
+@gluon.jit
+def _sum_by_lanes(product_MN, weight_N):
+    part = gl.convert_layout(_parts(product_MN, weight_N), PARTS)
     return gl.convert_layout(gl.sum(part, 2), SCORES)
+
+
+@gluon.jit
+def _sum_by_exchange(product_MN, weight_N):
+    """The same bits: lane l of a row gets query l from the others by three exchanges, where four sums over the lanes
+    take eight, and another two through shared memory to spread them."""
+    part = gl.convert_layout(gl.permute(_parts(product_MN, weight_N), (0, 2, 1)), EXCHANGED)
+    lane = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, EXCHANGED)))
+    lane = gl.expand_dims(gl.expand_dims(lane, 0), 2) + gl.zeros([64, 4, B], gl.int32, EXCHANGED)
+    total = gl.inline_asm_elementwise(
+        """
+        {
+        .reg .pred odd, upper;
+        .reg .b32 bit;
+        .reg .f32 give0, give1, keep0, keep1;
+        and.b32 bit, $8, 1;
+        setp.ne.s32 odd, bit, 0;
+        and.b32 bit, $8, 2;
+        setp.ne.s32 upper, bit, 0;
+        selp.f32 give0, $4, $6, upper;
+        selp.f32 keep0, $6, $4, upper;
+        selp.f32 give1, $5, $7, upper;
+        selp.f32 keep1, $7, $5, upper;
+        shfl.sync.bfly.b32 give0, give0, 2, 0x1f, 0xffffffff;
+        shfl.sync.bfly.b32 give1, give1, 2, 0x1f, 0xffffffff;
+        add.f32 keep0, keep0, give0;
+        add.f32 keep1, keep1, give1;
+        selp.f32 give0, keep0, keep1, odd;
+        selp.f32 keep0, keep1, keep0, odd;
+        shfl.sync.bfly.b32 give0, give0, 1, 0x1f, 0xffffffff;
+        add.f32 keep0, keep0, give0;
+        mov.f32 $0, keep0;
+        mov.f32 $1, keep0;
+        mov.f32 $2, keep0;
+        mov.f32 $3, keep0;
+        }
+        """,
+        "=f,=f,=f,=f,f,f,f,f,r,r,r,r",
+        [part, lane],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=4,
+    )
+    return gl.convert_layout(gl.max(total, 2), SCORES, assert_trivial=True)
 
 
 @gluon.jit
@@ -222,15 +282,30 @@ def _fill(row_ptr, begin, end):
 
 
 @gluon.jit
+def _multiply(q, k, ready, turn, product_MN, slot, phase, tile, zero, IN_TURN: gl.constexpr, G: gl.constexpr):
+    """Issues the product of a tile of keys. zero: is 0, which the compiler does not know: it must not compute all
+    descriptors before the loop."""
+    PARTS_OF_D: gl.constexpr = q.shape[0] // 2
+    mbarrier.wait(ready.index(slot), phase)
+    if IN_TURN:
+        mbarrier.wait(turn.index(G), (tile & 1) ^ (1 - G))
+    for part in gl.static_range(PARTS_OF_D):
+        product_MN = warpgroup_mma(
+            k.index(slot * PARTS_OF_D + part), q.index(zero + G * PARTS_OF_D + part).permute((1, 0)), product_MN,
+            use_acc=part > 0, is_async=True,
+        )  # fmt: skip
+    return product_MN
+
+
+@gluon.jit
 def _consumer(
     q, k, barriers, weight_ptr, q_scale_ptr, k_scale_ptr, start_ptr, end_ptr, chosen_ptr, threshold_ptr, out_ptr,
     count_ptr, tokens, keys, out_stride, nought, PERIOD: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr,
-    FILL: gl.constexpr, G: gl.constexpr,
+    FILL: gl.constexpr, EARLY: gl.constexpr, IN_TURN: gl.constexpr, G: gl.constexpr,
 ):  # fmt: skip
-    q_ready, ready, free = barriers
+    q_ready, ready, free, turn = barriers
     dtype: gl.constexpr = k.dtype
     NARROW: gl.constexpr = dtype.primitive_bitwidth == 8
-    PARTS_OF_D: gl.constexpr = q.shape[0] // 2
     PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, B * HEADS, 256 // dtype.primitive_bitwidth])
     token, low, high, tiles = _walk(start_ptr, end_ptr, chosen_ptr, tokens, keys, PERIOD, LINE)
     token += G * B
@@ -251,45 +326,51 @@ def _consumer(
         list_ptr_MB = (out_ptr + list_MB.to(gl.int64) * SLOTS).to(gl.int64)
     else:
         row_ptr_B = out_ptr + query_B.to(gl.int64) * out_stride
-    product_MN = gl.zeros([64, B * HEADS], gl.float32, PRODUCT)
     if tiles > 0:
         mbarrier.wait(q_ready, 0)
-    slot = 0
-    phase = 0
-    for tile in range(tiles):
-        # `nought` is 0, which the compiler does not know: it must not compute all descriptors before the loop
-        zero = tile & nought
-        if k_scale_ptr is not None:
-            scale_M = gl.load(k_scale_ptr + gl.minimum(key_M, keys - 1) * PERIOD + PERIOD // 2)
-        mbarrier.wait(ready.index(slot), phase)
-        for part in gl.static_range(PARTS_OF_D):
-            product_MN = warpgroup_mma(
-                k.index(slot * PARTS_OF_D + part), q.index(zero + G * PARTS_OF_D + part).permute((1, 0)), product_MN,
-                use_acc=part > 0, is_async=True,
-            )  # fmt: skip
-        product_MN = warpgroup_mma_wait(0, deps=[product_MN])
-        thread_barrier()
-        mbarrier.arrive(free.index(slot), count=1)
-        slot += 1
-        if slot == STAGES:
-            slot = 0
-            phase ^= 1
-        if NARROW:
-            score_MB = _sum_by_product(product_MN, weight_NU)
-        else:
-            score_MB = _sum_by_lanes(product_MN, weight_N)
-        if k_scale_ptr is not None:
-            score_MB *= gl.expand_dims(scale_M, 1)
-        key_MB = gl.expand_dims(key_M, 1) + gl.zeros([64, B], gl.int32, SCORES)
-        seen_MB = (key_MB >= gl.expand_dims(start_B, 0)) & (key_MB < gl.expand_dims(end_B, 0))
-        if threshold_ptr is not None:
-            chosen_MB = seen_MB & (score_MB > gl.expand_dims(threshold_B, 0))
-            count_MB = _append(list_ptr_MB, count_MB, score_MB, key_MB, chosen_MB, lanes_MB, slots_MB)
-        else:
-            score_MB = gl.where(seen_MB, score_MB, float("-inf"))
-            inside_MB = (key_MB < high) & gl.expand_dims(query_B < tokens, 0)
-            gl.store(gl.expand_dims(row_ptr_B, 0) + key_MB, score_MB, mask=inside_MB)
-        key_M += 16
+        product_MN = gl.zeros([64, B * HEADS], gl.float32, PRODUCT)
+        if EARLY:
+            product_MN = _multiply(q, k, ready, turn, product_MN, 0, 0, 0, nought, IN_TURN, G)
+        slot = 0
+        phase = 0
+        for tile in range(tiles):
+            if k_scale_ptr is not None:
+                scale_M = gl.load(k_scale_ptr + gl.minimum(key_M, keys - 1) * PERIOD + PERIOD // 2)
+            if not EARLY:
+                product_MN = _multiply(q, k, ready, turn, product_MN, slot, phase, tile, tile & nought, IN_TURN, G)
+            product_MN = warpgroup_mma_wait(0, deps=[product_MN])
+            thread_barrier()
+            if IN_TURN:
+                mbarrier.arrive(turn.index(1 - G), count=1)
+            mbarrier.arrive(free.index(slot), count=1)
+            slot += 1
+            if slot == STAGES:
+                slot = 0
+                phase ^= 1
+            if NARROW:
+                score_MB = _sum_by_product(product_MN, weight_NU)
+            elif EARLY:
+                score_MB = _sum_by_exchange(product_MN, weight_N)
+            else:
+                score_MB = _sum_by_lanes(product_MN, weight_N)
+            if EARLY:
+                product_MN = _multiply(q, k, ready, turn, product_MN, slot, phase, tile + 1, tile & nought, IN_TURN, G)
+            if k_scale_ptr is not None:
+                score_MB *= gl.expand_dims(scale_M, 1)
+            key_MB = gl.expand_dims(key_M, 1) + gl.zeros([64, B], gl.int32, SCORES)
+            seen_MB = (key_MB >= gl.expand_dims(start_B, 0)) & (key_MB < gl.expand_dims(end_B, 0))
+            if threshold_ptr is not None:
+                chosen_MB = seen_MB & (score_MB > gl.expand_dims(threshold_B, 0))
+                count_MB = _append(list_ptr_MB, count_MB, score_MB, key_MB, chosen_MB, lanes_MB, slots_MB)
+            else:
+                score_MB = gl.where(seen_MB, score_MB, float("-inf"))
+                inside_MB = (key_MB < high) & gl.expand_dims(query_B < tokens, 0)
+                gl.store(gl.expand_dims(row_ptr_B, 0) + key_MB, score_MB, mask=inside_MB)
+            key_M += 16
+        if EARLY:
+            warpgroup_mma_wait(0, deps=[product_MN])
+            thread_barrier()
+            mbarrier.arrive(turn.index(1 - G), count=1)  # for the other group's product that nobody needs
     if threshold_ptr is not None:
         once_MB = gl.expand_dims(row_M % 16 == 0, 1) & gl.expand_dims(query_B < tokens, 0)
         gl.store(count_ptr + list_MB, count_MB, mask=once_MB)
@@ -321,6 +402,8 @@ def indexer_scores_hopper_kernel(
     STAGES: gl.constexpr,
     SLOTS: gl.constexpr,
     FILL: gl.constexpr,  # -inf where no query of a program sees a key; else nothing is stored there
+    EARLY: gl.constexpr,  # 1: a product is issued before the scores of the last tile are stored, one more at the end
+    IN_TURN: gl.constexpr,  # the groups' products wait for each other
 ):
     dtype: gl.constexpr = k_tiles.dtype
     WIDTH: gl.constexpr = k_tiles.block_shape[1]
@@ -333,25 +416,31 @@ def indexer_scores_hopper_kernel(
     q_ready = gl.allocate_shared_memory(gl.int64, [1], barrier)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    turn = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
     mbarrier.init(q_ready, count=1)
+    mbarrier.init(turn.index(0), count=1)
+    mbarrier.init(turn.index(1), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=1)
         mbarrier.init(free.index(i), count=2)
     fence_async_shared()
     thread_barrier()
-    barriers = (q_ready, ready, free)
+    barriers = (q_ready, ready, free, turn)
     gl.warp_specialize(
         [
             (_consumer, (
                 q, k, barriers, weight_ptr, q_scale_ptr, k_scale_ptr, start_ptr, end_ptr, chosen_ptr, threshold_ptr,
-                out_ptr, count_ptr, tokens, keys, out_stride, nought, PERIOD, STAGES, SLOTS, FILL, gl.constexpr(0),
+                out_ptr, count_ptr, tokens, keys, out_stride, nought, PERIOD, STAGES, SLOTS, FILL, EARLY,
+                IN_TURN, gl.constexpr(0),
             )),
             (_consumer, (
                 q, k, barriers, weight_ptr, q_scale_ptr, k_scale_ptr, start_ptr, end_ptr, chosen_ptr, threshold_ptr,
-                out_ptr, count_ptr, tokens, keys, out_stride, nought, PERIOD, STAGES, SLOTS, FILL, gl.constexpr(1),
+                out_ptr, count_ptr, tokens, keys, out_stride, nought, PERIOD, STAGES, SLOTS, FILL, EARLY,
+                IN_TURN, gl.constexpr(1),
             )),
             (_producer, (
                 q_tiles, k_tiles, q, k_quarters, barriers, start_ptr, end_ptr, chosen_ptr, tokens, keys, PERIOD, STAGES,
+                EARLY,
             )),
         ],
         [4, 1],
@@ -412,6 +501,8 @@ def launch(
         STAGES=6 if q_THD.element_size() == 1 else 3,
         SLOTS=out.shape[-1] if threshold_T is not None else 0,
         FILL=fill,
+        EARLY=int(threshold_T is not None),
+        IN_TURN=threshold_T is not None and q_THD.element_size() == 1,
         num_warps=4,
         maxnreg=168,
     )

@@ -71,6 +71,9 @@ def indexer() -> None:
         paged = draw(157, 64, 128, dtype=dtype)
         ends = torch.tensor([10048, 10047, 77], device="cuda")
         paged_indexer_topk(q[:3], paged, weight[:3], table, sequence, ends, 300, scale(3, 64), scale(157, 64))
+        few = torch.arange(41, device="cuda")  # enough tokens for the kernel with lists; one of them sees no key
+        ends = (few * 251).clamp(max=10048)
+        paged_indexer_topk(q[:41], paged, weight[:41], table, few % 2, ends, 300, scale(41, 64), scale(157, 64))
 
 
 def rest() -> None:

@@ -167,6 +167,7 @@ def requests(capability: int) -> list[dict]:
     """Production shapes of the scores, fused and paged kernels for one generation."""
     tile = {"STAGES": 3, "UPCAST": False, "HEADS": 64, "P": 64, "DIM": 128, "DESCRIBED": False}
     base = dict.fromkeys(["weight_ptr", "q_scale_ptr", "k_scale_ptr", "out_score_ptr", "chunk_ptr"], "*fp32")
+    base |= {"out_row_ptr": "*i32"}
     base |= dict.fromkeys(["start_ptr", "end_ptr", "chosen_ptr", "table_ptr", "out_position_ptr", "length_ptr"], "*i32")
     base |= {"buffer_ptr": "*i64", "sequence_ptr": "*i64", "out_ptr": "*fp32"}
     names = "tokens keys window splits q_stride k_stride out_stride table_stride sequences pages page_stride"
@@ -186,7 +187,7 @@ def requests(capability: int) -> list[dict]:
             "GUESS_FROM": 16384,
             "PAGE": 64,
         }
-        one_piece = dict.fromkeys(["table_ptr", "sequence_ptr", "out_score_ptr", "chosen_ptr"])
+        one_piece = dict.fromkeys(["table_ptr", "sequence_ptr", "out_score_ptr", "chosen_ptr", "out_row_ptr"])
         paged = {"start_ptr": None, "length_ptr": None, "B": 1, "M": 128 if capability == 90 else 32}
         for function, constants in [
             ("kernels.indexer_scores.triton:indexer_scores_kernel", tile | rows | no_scale | {"FILL": True}),
@@ -218,6 +219,7 @@ def hopper_request(kind: str, mode: str) -> dict:
     arguments |= dict.fromkeys(["tokens", "keys", "out_stride", "nought"], "i32")
     arguments["out_ptr"] = "*i64" if mode == "lists" else "*fp32"
     constants = {"PERIOD": 64 if mode == "sample" else 1, "STAGES": 6 if bits == 8 else 3, "FILL": mode == "scores"}
+    constants |= {"EARLY": int(mode == "lists"), "IN_TURN": mode == "lists" and bits == 8}
     constants["SLOTS"] = 8192 if mode == "lists" else 0
     constants |= dict.fromkeys([] if bits == 8 else ["q_scale_ptr", "k_scale_ptr"])
     constants |= dict.fromkeys(["chosen_ptr"] if mode == "lists" else ["threshold_ptr", "count_ptr"])
@@ -236,7 +238,8 @@ def test_hopper_kernel_compiles_ahead() -> None:
     for case, got in zip(cases, compile_all([hopper_request(*case) for case in cases]), strict=True):
         assert got["shared"] <= 232_448
         assert got["stack"] <= 16, case  # four registers, outside of the loop over tiles
-        assert got["instructions"]["wgmma.mma_async"] == (16 if case[0] == "bf16" else 8), case
+        products = (8 if case[0] == "bf16" else 4) * (2 if case[1] == "lists" else 1)
+        assert got["instructions"]["wgmma.mma_async"] == 2 * products, case
         assert got["instructions"]["setmaxnreg"] > 0
 
 
@@ -266,7 +269,23 @@ def test_selection_from_lists(kind: str) -> None:
     indices_TK, lengths_T = torch.full((rows, k), -7, dtype=torch.int32), torch.full((rows,), -7, dtype=torch.int32)
     failed_T = torch.full((rows,), -7, dtype=torch.int32)
     selection_kernels.select_from_lists_kernel[(rows,)](
-        lists_TLC, counts_TL, threshold_T, indices_TK, lengths_T, failed_T, k, LISTS=4, SLOTS=size, R=2, W=4
+        lists_TLC,
+        counts_TL,
+        threshold_T,
+        indices_TK,
+        None,
+        lengths_T,
+        failed_T,
+        None,
+        None,
+        1,
+        0,
+        k,
+        PAGE=1,
+        LISTS=4,
+        SLOTS=size,
+        R=2,
+        W=4,
     )
     count_T = counts_TL.sum(1)
     assert torch.equal(failed_T > 0, (count_T > size) | ((count_T < k) & (threshold_T > -torch.inf)))
@@ -472,7 +491,7 @@ def test_card_paged_selection_by_threshold_is_exact(kind: str, splits: int | Non
     # room for 24 tokens at a time
     memory = 24 * 8 * 8 * (splits or 2) * selection_kernels.slots_of_lists(k)
     options = {"splits": splits, "failed": failed, "memory_bytes": memory}
-    positions_TK, lengths_T = paged_selection_kernels.by_threshold(**case, k=k, **options)
+    rows_TK, positions_TK, lengths_T = paged_selection_kernels.by_threshold(**case, k=k, **options)
     for token in range(tokens):
         page = case["page_table_NP"][token].long()
         keys_SD = case["k_cache_PSD"][page].view(-1, 128)[: case["key_end_T"][token]].float()
@@ -485,8 +504,9 @@ def test_card_paged_selection_by_threshold_is_exact(kind: str, splits: int | Non
         assert (positions_TK[token, len(want) :] == -1).all()
     assert bool(torch.cat(failed).any()) == (kind in ("plateau", "clusters"))
     for _ in range(20):
-        rows_TK, again_TK, _ = paged_indexer_topk(**case, k=k)
-        assert torch.equal(again_TK, positions_TK)
+        again = paged_indexer_topk(**case, k=k)
+        assert torch.equal(again[0], rows_TK)
+        assert torch.equal(again[1], positions_TK)
     place_TK = positions_TK.clamp(min=0).long()
     want_TK = case["page_table_NP"].gather(1, place_TK // 64) * 64 + place_TK % 64
     assert torch.equal(rows_TK, torch.where(positions_TK < 0, -1, want_TK).int())
@@ -496,9 +516,16 @@ def test_card_paged_selection_by_threshold_is_exact(kind: str, splits: int | Non
 def test_paged_selection_by_threshold_around_the_hopper_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """All but the Gluon kernel itself, which a stand-in replaces: a guess that holds, one that fails, few keys."""
 
-    def launch(q_THD, k_cache_PSD, weight_TH, table_NP, sequence_T, end_T, _q, _k, threshold_T, lists_TLC, counts_TL):
+    def launch(
+        q_THD, k_cache_PSD, weight_TH, table_NP, sequence_T, end_T, _q_scale, _k_scale, sample_TS, wanted, threshold_T,
+        lists_TLC, counts_TL,
+    ):  # fmt: skip
         lists = lists_TLC.shape[1]
         for row in range(len(q_THD)):
+            sampled = int(end_T[row]) // 64
+            ranked = sample_TS[row, :sampled].sort(descending=True).values
+            guessed = sampled > wanted and end_T[row] > lists_TLC.shape[2]
+            threshold_T[row] = ranked[wanted] - 0.5 if guessed else -torch.inf
             keys_SD = k_cache_PSD[table_NP[sequence_T[row]].long()].flatten(0, 1)[: end_T[row]].float()
             score_S = torch.relu(keys_SD @ q_THD[row].float().T) @ weight_TH[row]
             run = -(-len(score_S) // (64 * lists)) * 64
@@ -518,9 +545,8 @@ def test_paged_selection_by_threshold_around_the_hopper_kernel(monkeypatch: pyte
     case["page_table_NP"] = case["page_table_NP"].view(2, 150).int()
     failed: list[torch.Tensor] = []
     got = paged_selection_kernels.by_threshold(**case, k=30, failed=failed, splits=2, memory_bytes=3 * 8 * 16 * 4096)
-    _, positions_TK, lengths_T = paged_reference.paged_indexer_topk(**case, k=30)
-    assert torch.equal(got[0], positions_TK)
-    assert torch.equal(got[1], lengths_T)
+    want = paged_reference.paged_indexer_topk(**case, k=30)
+    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
     assert torch.cat(failed).tolist() == [0, 1, 0, 0]
 
 
@@ -531,12 +557,14 @@ def test_paged_hopper_kernel_compiles_ahead() -> None:
     shared = gl.NVMMASharedLayout(128, 8, 2)
     arguments = {name: f"tensordesc<fp8e4nv[{rows}, 128],{shared!r}>" for name, rows in
                  (("q_tile", 64), ("k_tiles", 16))}  # fmt: skip
-    arguments |= dict.fromkeys(["weight_ptr", "q_scale_ptr", "scale_ptr", "threshold_ptr"], "*fp32")
-    arguments |= dict.fromkeys(["table_ptr", "count_ptr"], "*i32") | dict.fromkeys(["sequence_ptr", "end_ptr"], "*i64")
-    names = "sequences table_pages table_stride cache_pages rows_of_page scale_stride"
+    scores = ["weight_ptr", "q_scale_ptr", "scale_ptr", "threshold_ptr", "sample_ptr"]
+    arguments |= dict.fromkeys(scores, "*fp32") | dict.fromkeys(["table_ptr", "count_ptr"], "*i32")
+    arguments |= dict.fromkeys(["sequence_ptr", "end_ptr"], "*i64")
+    names = "sequences table_pages table_stride cache_pages rows_of_page scale_stride sample_stride wanted"
     arguments |= dict.fromkeys(names.split(), "i32") | {"list_ptr": "*i64"}
     request = dict(function="kernels.paged_indexer_topk.gluon:paged_lists_hopper_kernel", arguments=arguments)
-    request |= dict(constants=dict(SPLITS=2, SLOTS=8192), options=dict(num_warps=4, maxnreg=168), capability=90)
+    request["constants"] = dict(SPLITS=2, SLOTS=8192, SAMPLE=2048, PERIOD=64)
+    request |= dict(options=dict(num_warps=4, maxnreg=168), capability=90)
     (got,) = compile_all([request])
     assert got["shared"] <= 232_448
     assert got["stack"] == 0
