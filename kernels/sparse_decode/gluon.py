@@ -1,7 +1,7 @@
 """Sparse attention over the 656-byte fp8 rows for Hopper in Gluon, where tokens and heads fill the card.
 
 The consumers and their schedule are those of `kernels.sparse_attention.gluon`. Here the producer turns e4m3 into bf16
-on the way: it loads part after part into registers, one part ahead, multiplies by the scale of each 128 values, and
+on the way: it loads tile after tile into registers, three ahead, multiplies by the scale of each 128 values, and
 stores what the products read. So the selected rows never exist unpacked in device memory.
 
 Legend: T query tokens, S cache rows, K selected rows, H heads, M = 64 heads of a tile, N = 64 rows of a block.
@@ -45,12 +45,11 @@ def _rows(index_N, stand_in, key_rows):
 
 
 @gluon.jit
-def _load(word_ptr, scale_ptr, row_N, HALF_INDEX: gl.constexpr):
-    """Both tiles of a half of each row, with their scales. Words: single bytes would take a register each."""
-    column_D = HALF_INDEX * 2 * TILE + gl.arange(0, TILE, gl.SliceLayout(0, WORDS))
-    pointers = word_ptr + gl.expand_dims(row_N * 164, 1) + gl.expand_dims(column_D, 0)
-    scale_pointers = scale_ptr + row_N * 164 + (128 + 2 * HALF_INDEX)
-    return gl.load(pointers), gl.load(pointers + TILE), gl.load(scale_pointers), gl.load(scale_pointers + 1)
+def _load(word_ptr, scale_ptr, row_N, tile: gl.constexpr):
+    """A tile of each row, with its scale. Words: single bytes would take a register each."""
+    column_D = tile * TILE + gl.arange(0, TILE, gl.SliceLayout(0, WORDS))
+    words = gl.load(word_ptr + gl.expand_dims(row_N * 164, 1) + gl.expand_dims(column_D, 0))
+    return words, gl.load(scale_ptr + row_N * 164 + (128 + tile))
 
 
 @gluon.jit
@@ -90,11 +89,11 @@ def _as_bf16(words, scale_N):
 
 
 @gluon.jit
-def _store(destination, part):
-    left, right, left_scale_N, right_scale_N = part
-    words = destination._reinterpret(gl.int32, [64, 4 * TILE], WIDE_WORDS)
-    words.slice(0, 2 * TILE, dim=1).store(_as_bf16(left, left_scale_N))
-    words.slice(2 * TILE, 2 * TILE, dim=1).store(_as_bf16(right, right_scale_N))
+def _store(destination, tile, SIDE: gl.constexpr):
+    """A tile into the left or right side of a half."""
+    words, scale_N = tile
+    place = destination._reinterpret(gl.int32, [64, 4 * TILE], WIDE_WORDS)
+    place.slice(SIDE * 2 * TILE, 2 * TILE, dim=1).store(_as_bf16(words, scale_N))
 
 
 @gluon.jit
@@ -132,22 +131,29 @@ def _producer(
         async_copy.mbarrier_arrive(q_ready, increment_count=False)
 
         # a token without rows has row 0 as its stand-in: the loads before the loop are in range for every token
-        part = _load(word_ptr, scale_ptr, row_N, 0)
+        own_left = _load(word_ptr, scale_ptr, row_N, 0)
+        own_right = _load(word_ptr, scale_ptr, row_N, 1)
+        other_left = _load(word_ptr, scale_ptr, row_N, 2)
         for pair in range(pairs):
             free = (pairs_done & 1) ^ 1
             for block in gl.static_range(2):
-                other_part = _load(word_ptr, scale_ptr, row_N, 1 - block)
-                rope = _load_rope(word_ptr, row_N)
                 mbarrier.wait(own_free.index(block), free)
-                _store(own.index(block), part)
+                _store(own.index(block), own_left, 0)
+                other_right = _load(word_ptr, scale_ptr, row_N, 3 - 2 * block)
+                _store(own.index(block), own_right, 1)
+                rope = _load_rope(word_ptr, row_N)
                 fence_async_shared()
                 _arrive(own_ready.index(block))
+                # the halves of the next block are the other way round
                 row_N = _rows(index_N, stand_in, key_rows)
                 index_N = _block_indices(row_indices, pair * 128 + block * 64 + 128, KEYS, WORDS)
-                part = _load(word_ptr, scale_ptr, row_N, 1 - block)
                 mbarrier.wait(other_free.index(block), free)
-                _store(other.index(block), other_part)
+                _store(other.index(block), other_left, 0)
+                own_left = _load(word_ptr, scale_ptr, row_N, 2 - 2 * block)
+                _store(other.index(block), other_right, 1)
+                own_right = _load(word_ptr, scale_ptr, row_N, 3 - 2 * block)
                 rest.index(block)._reinterpret(gl.int32, [64, 32], WIDE_WORDS).store(rope)
+                other_left = _load(word_ptr, scale_ptr, row_N, 2 * block)
                 fence_async_shared()
                 _arrive(other_ready.index(block))
             pairs_done += 1
