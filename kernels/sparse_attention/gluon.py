@@ -36,8 +36,18 @@ from kernels.launch import processors
 thread_barrier = getattr(gl, "thread_barrier", None) or gl.barrier  # Triton 3.6, 3.7
 PRODUCER_WARPS = gl.constexpr(4)  # as in WIDE and NARROW; 8 would leave the consumers too few registers
 HALF = gl.constexpr(256)
+LAZY = gl.constexpr(8.0)  # powers of two
 SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 OUTPUT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16]))
+FLAGS = gl.constexpr(  # of [4 warps, 1]: every thread holds all
+    gl.DistributedLinearLayout(
+        reg_bases=[[1, 0], [2, 0]],
+        lane_bases=[[0, 0], [0, 0], [0, 0], [0, 0], [0, 0]],
+        warp_bases=[[0, 0], [0, 0]],
+        block_bases=[],
+        shape=[4, 1],
+    )
+)
 WIDE = gl.constexpr(gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0]))  # 16 bytes a thread, a row of 256 a warp
 NARROW = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 
@@ -147,10 +157,46 @@ def _as_operand(p, dtype: gl.constexpr):
 
 
 @gluon.jit
-def _publish(p, max_M, p_tile, max_row, ready):
-    """The block's probabilities and maximum, for the other warpgroup."""
+def _raised(max_M, block_max_M):
+    """(the reference that a block's scores are taken relative to, 1 where it rose in any row of the warp): it stays as
+    long as no score is 2^LAZY times above it, so that the output is seldom to be multiplied."""
+    raised_M = block_max_M > max_M + LAZY
+    any_M = gl.inline_asm_elementwise(
+        """
+        {
+        .reg .pred p, q;
+        setp.ne.s32 p, $2, 0;
+        setp.ne.s32 q, $3, 0;
+        or.pred p, p, q;
+        vote.sync.any.pred p, p, 0xffffffff;
+        selp.b32 $0, 1, 0, p;
+        selp.b32 $1, 1, 0, p;
+        }
+        """,
+        "=&r,=&r,r,r",
+        [raised_M.to(gl.int32)],
+        dtype=gl.int32,
+        is_pure=True,
+        pack=2,
+    )
+    return gl.where(raised_M, block_max_M, max_M), any_M
+
+
+@gluon.jit
+def _rescaled(acc, decay_M, flag_row):
+    """acc times decay_M, if that is not 1 in every row."""
+    flags = flag_row._reinterpret(gl.int32, [4, 16], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])).slice(0, 1, dim=1)
+    if gl.max(gl.max(flags.load(FLAGS), 1), 0) > 0:
+        acc = _scaled(acc, decay_M)
+    return acc
+
+
+@gluon.jit
+def _publish(p, max_M, any_M, p_tile, max_row, flag_row, ready):
+    """The block's probabilities and their reference, for the other warpgroup."""
     p_tile.store(p.to(p_tile.dtype))
     max_row.store(max_M)
+    flag_row.store(any_M)
     fence_async_shared()
     _arrive(ready)
 
@@ -162,7 +208,7 @@ def _consumer(
     HAS_SINK: gl.constexpr, W: gl.constexpr,
 ):  # fmt: skip
     q, q_rest, own, other, rest = memory
-    max_rows, sum_rows = exchange
+    max_rows, sum_rows, flag_rows = exchange
     q_ready, q_free, own_ready, own_free, other_ready, other_free, p_ready, sum_ready = barriers
     rows: gl.constexpr = gl.SliceLayout(1, SCORES)
     dtype: gl.constexpr = own.dtype
@@ -211,20 +257,22 @@ def _consumer(
             score = gl.where(gl.expand_dims(valid_N, 0), score * scale_log2, float("-inf"))
             block_max_M = gl.max(score, 1)
             if W == 0:
-                new_max_M = gl.maximum(max_M, block_max_M)
+                new_max_M, any_M = _raised(max_M, block_max_M)
                 p = gl.exp2(score - gl.expand_dims(new_max_M, 1))
                 decay_M = gl.exp2(max_M - new_max_M)
-                _publish(p, new_max_M, rest.index(0), max_rows.index(0), p_ready.index(0))
+                _publish(p, new_max_M, any_M, rest.index(0), max_rows.index(0), flag_rows.index(0), p_ready.index(0))
                 sum_M = sum_M * decay_M + gl.sum(p, 1)
-                acc = warpgroup_mma(_as_operand(p, dtype), own.index(first), _scaled(acc, decay_M), is_async=True)
+                acc = _rescaled(acc, decay_M, flag_rows.index(0))
+                acc = warpgroup_mma(_as_operand(p, dtype), own.index(first), acc, is_async=True)
                 acc = warpgroup_mma_wait(0, deps=[acc])
                 _arrive(own_free.index(0))
                 mbarrier.wait(p_ready.index(1), phase)
                 max_M = max_rows.index(1).load(rows)
                 decay_M = gl.exp2(new_max_M - max_M)
                 sum_M = sum_M * decay_M
+                acc = _rescaled(acc, decay_M, flag_rows.index(1))
                 fence_async_shared()
-                acc = warpgroup_mma(rest.index(second), other.index(second), _scaled(acc, decay_M), is_async=True)
+                acc = warpgroup_mma(rest.index(second), other.index(second), acc, is_async=True)
                 acc = warpgroup_mma_wait(0, deps=[acc])
                 _arrive(other_free.index(1))
             else:
@@ -232,16 +280,18 @@ def _consumer(
                 new_max_M = max_rows.index(0).load(rows)
                 decay_M = gl.exp2(max_M - new_max_M)
                 sum_M = sum_M * decay_M
+                acc = _rescaled(acc, decay_M, flag_rows.index(0))
                 fence_async_shared()
-                pending = warpgroup_mma(rest.index(first), other.index(first), _scaled(acc, decay_M), is_async=True)
-                max_M = gl.maximum(new_max_M, block_max_M)
+                pending = warpgroup_mma(rest.index(first), other.index(first), acc, is_async=True)
+                max_M, any_M = _raised(new_max_M, block_max_M)
                 p = gl.exp2(score - gl.expand_dims(max_M, 1))
                 decay_M = gl.exp2(new_max_M - max_M)
-                _publish(p, max_M, rest.index(1), max_rows.index(1), p_ready.index(1))
+                _publish(p, max_M, any_M, rest.index(1), max_rows.index(1), flag_rows.index(1), p_ready.index(1))
                 sum_M = sum_M * decay_M + gl.sum(p, 1)
                 acc = warpgroup_mma_wait(0, deps=[pending])
                 _arrive(other_free.index(0))
-                acc = warpgroup_mma(_as_operand(p, dtype), own.index(second), _scaled(acc, decay_M), is_async=True)
+                acc = _rescaled(acc, decay_M, flag_rows.index(1))
+                acc = warpgroup_mma(_as_operand(p, dtype), own.index(second), acc, is_async=True)
                 acc = warpgroup_mma_wait(0, deps=[acc])
                 _arrive(own_free.index(1))
             pairs_done += 1
@@ -291,6 +341,7 @@ def _allocate(dtype: gl.constexpr, READY: gl.constexpr):
     rest = gl.allocate_shared_memory(dtype, [2, 64, 64], narrow)
     max_rows = gl.allocate_shared_memory(gl.float32, [2, 64], flat)
     sum_rows = gl.allocate_shared_memory(gl.float32, [2, 64], flat)
+    flag_rows = gl.allocate_shared_memory(gl.int32, [2, 64], flat)
     q_ready = gl.allocate_shared_memory(gl.int64, [1], barrier)
     q_free = gl.allocate_shared_memory(gl.int64, [1], barrier)
     own_ready = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
@@ -312,7 +363,7 @@ def _allocate(dtype: gl.constexpr, READY: gl.constexpr):
     thread_barrier()
 
     barriers = (q_ready, q_free, own_ready, own_free, other_ready, other_free, p_ready, sum_ready)
-    return (q, q_rest, own, other, rest), (max_rows, sum_rows), barriers
+    return (q, q_rest, own, other, rest), (max_rows, sum_rows, flag_rows), barriers
 
 
 @gluon.jit
