@@ -1,4 +1,5 @@
-"""Attention of one decoding step of 64 sequences of 128K tokens; with GQA the whole step against dense decoding."""
+"""Attention of one decoding step of 64 sequences of 128K tokens; with GQA the whole step against dense decoding. What
+launches several kernels is timed as a CUDA graph."""
 
 from functools import partial
 
@@ -6,7 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels.benchmarks.fused import paged_selection
-from kernels.benchmarks.measure import Context, milliseconds, row
+from kernels.benchmarks.measure import Context, graphed, milliseconds, row
 from kernels.sparse_decode import pack_latent, sparse_decode, sparse_decode_gqa
 
 BATCH, LENGTH, KEEP, PAGE = 64, 131072, 2048, 64
@@ -30,7 +31,7 @@ def latent_rows(context: Context) -> list[dict]:
     found = []
     for heads in (128, 64, 16):
         q = torch.randn(BATCH, heads, 576, device=device, dtype=torch.bfloat16)
-        ms = milliseconds(partial(sparse_decode, q, cache, selected, 576**-0.5, 512))
+        ms = milliseconds(graphed(partial(sparse_decode, q, cache, selected, 576**-0.5, 512)))
         share = BATCH * KEEP * 656 / ms / 1e6 / context.ceilings["copy"]
         shape = f"batch {BATCH} S=128K K={KEEP} fp8"
         found.append(row(f"sparse decode H={heads}", shape, "uniform", ms, "copy", share, None, None, True))
@@ -59,7 +60,8 @@ def gqa_rows(context: Context) -> list[dict]:
 
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION), torch.no_grad():
         dense_ms = milliseconds(dense)
-    alone_ms, whole_ms = milliseconds(lambda: sparse(selected)), milliseconds(lambda: sparse(select()))
+    alone_ms = milliseconds(graphed(lambda: sparse(selected)))
+    whole_ms = milliseconds(graphed(lambda: sparse(select())))
     shape = f"batch {BATCH} S=128K K={KEEP}, {heads} / {groups} heads of {dim}"
     share = BATCH * KEEP * groups * dim * 4 / alone_ms / 1e6 / context.ceilings["copy"]
     dense_share = 4 * elements / dense_ms / 1e6 / context.ceilings["copy"]

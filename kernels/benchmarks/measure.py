@@ -25,6 +25,25 @@ def milliseconds(run: Callable[[], object], repeat_ms: int = 100) -> float:
     return float(triton.testing.do_bench(run, warmup=25, rep=repeat_ms, quantiles=[0.5]))
 
 
+def graphed(run: Callable[[], object]) -> Callable[[], None]:
+    """The same as one CUDA graph, as decoding steps are served: of launches of a few microseconds each, the host's time
+    would be measured."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = run()  # what the graph writes lives as long as it does
+
+    def replay() -> None:
+        graph.replay()
+
+    replay.kept = kept  # type: ignore[attr-defined]
+    return replay
+
+
 def interleaved(runs: dict[str, Callable[[], object]], rounds: int = 3, repeat_ms: int = 40) -> dict[str, float]:
     """Median of the medians of rounds in which every candidate takes its turn, so that a drift of the clock hits
     all."""
