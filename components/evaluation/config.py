@@ -32,7 +32,8 @@ class EvaluationConfig(BaseModel):
     max_sequences: int = Field(default=256, ge=1, description="episodes that the engine plays at once")
     confidence: float = Field(default=0.95, gt=0, lt=1, description="of every interval")
     resamples: int = Field(default=10_000, ge=100, description="bootstrap resamples")
-    threads: int = Field(default=0, ge=0, description="CPU threads of torch; 0 = all cores of the process")
+    processes: int = Field(default=1, ge=1, le=64, description="plays that run side by side, in processes of their own")
+    threads: int = Field(default=0, ge=0, description="CPU threads of each process; 0 = its share of the cores")
 
     @field_validator("temperatures")
     @classmethod

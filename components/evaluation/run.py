@@ -5,25 +5,20 @@ python -m components.evaluation --config evaluation.yaml
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
-
-import torch
 
 from components.evaluation import long_context
 from components.evaluation.compare import Bootstrap
 from components.evaluation.config import EvaluationConfig
+from components.evaluation.games import Game, Games, Reading
 from components.evaluation.measures import SAMPLED, best_temperature, measure
 from components.evaluation.page import write_evaluation_page
-from components.evaluation.play import Item, Player, logprob_gap, play, write_items
-from components.evaluation.report import ITEMS_FILE, CrossEntropy, EvaluationReport, IndexerRecall
-from components.rollouts import EpisodeResult
-from components.rollouts.loop import episode_trace, transcript
-from components.runtime.contracts import Document, Pointer, TaskRecord
+from components.evaluation.play import Player, write_items
+from components.evaluation.report import ITEMS_FILE, CrossEntropy, EvaluationReport
+from components.runtime.contracts import Pointer, TaskRecord
 from components.runtime.stage import StageContext, StageResult
 from components.runtime.task_set import read_documents, read_long_tasks, read_tasks
-from model.engine import Trajectory
 
 
 def run(config: EvaluationConfig, context: StageContext, inputs: dict[str, Pointer]) -> StageResult:
@@ -31,25 +26,43 @@ def run(config: EvaluationConfig, context: StageContext, inputs: dict[str, Point
 
     Raises InputError when the task set has too little for what the configuration asks, or a checkpoint is damaged.
     """
-    if config.threads:
-        torch.set_num_threads(config.threads)
     task_set = context.fetch(inputs["tasks"])
-    before = Player.load("before", context.fetch(inputs["before"]), inputs["before"].sha256)
-    after = Player.load("after", context.fetch(inputs["after"]), inputs["after"].sha256)
+    checkpoints = {name: (context.fetch(inputs[name]), inputs[name].sha256) for name in ("before", "after")}
+    top_k = Player.load("after", *checkpoints["after"]).model.config.index_topk
     bootstrap = Bootstrap(config.resamples, config.confidence, context.seed)
     tasks = first_of_each_family(read_tasks(task_set, "test"), config.pairs)
-
-    games = _Games(config, context, inputs["tasks"].sha256)
-    for name, temperature in (("sampled", SAMPLED), ("greedy", 0.0)):
-        for player in (before, after):
-            games.play(player, tasks, name, temperature)
-    _best_temperature(games, before, task_set, tasks, bootstrap)
     few = first_of_each_family(of_main_measure(tasks, config.separate), config.curve_tasks)
     long = first_of_each_family(read_long_tasks(task_set), config.long_tasks)
-    for player in (before, after):
-        games.play(player, few, "samples", SAMPLED, config.curve_samples)
-        games.play(player, long, "long", SAMPLED)
-    ce, ce_answers, recall, documents = _long_context(after, task_set, config, context, bootstrap)
+    reading = Reading(
+        read_documents(task_set, "test")[: config.documents],
+        read_documents(task_set, "validation")[: config.validation_documents],
+    )
+
+    with Games(config, context, inputs["tasks"].sha256, checkpoints) as games:
+        # the model before RL at its best validation temperature, so that RL is not credited for a sharper distribution
+        validation = of_main_measure(read_tasks(task_set, "validation"), config.separate)
+        tried, _ = games.play(
+            "validation plays",
+            [
+                Game("before", first_of_each_family(validation, config.validation_tasks), "validation", temperature)
+                for temperature in dict.fromkeys(config.temperatures)
+            ],
+        )
+        items = [item for played in tried for item in played.items]
+        best = best_temperature(items, bootstrap, config.separate)
+        held_out = [Game(player, tasks, "sampled", SAMPLED) for player in checkpoints]
+        if best != SAMPLED:
+            held_out.append(Game("before", tasks, "sampled", best))
+        for player in checkpoints:
+            held_out += [
+                Game(player, tasks, "greedy", 0.0),
+                Game(player, few, "samples", SAMPLED, config.curve_samples),
+                Game(player, long, "long", SAMPLED),
+            ]
+        played, found = games.play("held-out plays", held_out, reading)
+    assert found is not None
+    items += [item for one in played for item in one.items]
+    recall = long_context.indexer_recall(found.validation, found.test, bootstrap, top_k=top_k)
 
     report = EvaluationReport(
         tasks=inputs["tasks"],
@@ -61,19 +74,19 @@ def run(config: EvaluationConfig, context: StageContext, inputs: dict[str, Point
         separate=config.separate,
         confidence=config.confidence,
         resamples=config.resamples,
-        top_k=after.model.config.index_topk,
-        document_words=max(len(document.words) for document in documents),
-        **measure(games.items, bootstrap, config.separate),
-        ce=ce,
-        ce_answers=ce_answers,
+        top_k=top_k,
+        document_words=max(len(document.words) for document in reading.documents),
+        **measure(items, bootstrap, config.separate),
+        ce=long_context.cross_entropy(found.by_kind, bootstrap, answers_only=False),
+        ce_answers=long_context.cross_entropy(found.by_kind, bootstrap, answers_only=True),
         indexer_recall=recall,
-        logprob_gap=max(logprob_gap(player.model, games.trajectories[player.name]) for player in (before, after)),
+        logprob_gap=max(one.logprob_gap for one in played),
     )
     directory = context.work_dir / "evaluation"
     directory.mkdir(exist_ok=True)
     report.write(directory)
-    write_items(games.items, directory / ITEMS_FILE)
-    page = write_evaluation_page(context.work_dir, report, games.items)
+    write_items(items, directory / ITEMS_FILE)
+    page = write_evaluation_page(context.work_dir, report, items)
     for file in (directory / "evaluation.json", page):
         context.tracker.artifact(file)
     summary = summarise(report)
@@ -95,100 +108,6 @@ def first_of_each_family(tasks: Sequence[TaskRecord], number: int) -> list[TaskR
 def of_main_measure(tasks: Sequence[TaskRecord], separate: Sequence[str]) -> list[TaskRecord]:
     """The tasks of the families that the macro mean is over; all of them where there are no others."""
     return [task for task in tasks if task.environment not in separate] or list(tasks)
-
-
-class _Games:
-    """Plays, and keeps every record; the display shows an episode now and then."""
-
-    def __init__(self, config: EvaluationConfig, context: StageContext, task_set: str) -> None:
-        self.config, self.context, self.task_set = config, context, task_set
-        self.items: list[Item] = []
-        self.trajectories: dict[str, list[Trajectory]] = {}
-
-    def play(
-        self, player: Player, tasks: Sequence[TaskRecord], measure: str, temperature: float, samples: int = 1
-    ) -> None:
-        if not tasks:
-            return
-        self.context.progress.phase(f"{measure} play, {player.name}, temperature {temperature:g}")
-        items, trajectories = play(
-            player,
-            tasks,
-            measure=measure,
-            temperature=temperature,
-            seed=self.context.seed,
-            max_sequences=self.config.max_sequences,
-            samples=samples,
-            task_set=self.task_set,
-            code=self.context.code,
-            on_episode=self._shower(len(tasks) * samples),
-        )
-        if measure == "sampled" and temperature == SAMPLED:
-            self.trajectories[player.name] = trajectories[: self.config.logprob_trajectories]
-        self.items += items
-
-    def _shower(self, total: int) -> Callable[[EpisodeResult], None]:
-        done, passed = 0, 0
-
-        def show(result: EpisodeResult) -> None:
-            nonlocal done, passed
-            done, passed = done + 1, passed + result.verdict.passed
-            self.context.progress.update(done, total, {"pass@1": passed / done})
-            if done % 50 == 1:
-                self.context.progress.episode(transcript(result))
-            if done % 500 == 1:
-                self.context.tracker.trace(episode_trace(result))
-
-        return show
-
-
-def _best_temperature(
-    games: _Games, before: Player, task_set: Path, tasks: Sequence[TaskRecord], bootstrap: Bootstrap
-) -> None:
-    """The model before RL at its best validation temperature, so that RL is not credited for a sharper distribution."""
-    validation = first_of_each_family(
-        of_main_measure(read_tasks(task_set, "validation"), games.config.separate), games.config.validation_tasks
-    )
-    for temperature in dict.fromkeys(games.config.temperatures):
-        games.play(before, validation, "validation", temperature)
-    best = best_temperature(games.items, bootstrap, games.config.separate)
-    if best != SAMPLED:
-        games.play(before, tasks, "sampled", best)
-
-
-def _long_context(
-    after: Player, task_set: Path, config: EvaluationConfig, context: StageContext, bootstrap: Bootstrap
-) -> tuple[CrossEntropy, CrossEntropy, IndexerRecall, list[Document]]:
-    """Cross-entropy by kind of attention (all words, answers), and the indexer's recall."""
-    documents = read_documents(task_set, "test")[: config.documents]
-    validation = read_documents(task_set, "validation")[: config.validation_documents]
-    context.progress.phase("long documents")
-    total, done = (len(long_context.KINDS) + 1) * len(documents) + len(validation), 0
-
-    def tick(number: int) -> None:
-        nonlocal done
-        done += number
-        context.progress.update(done, total)
-
-    by_kind = {
-        kind: long_context.losses(
-            after.model, after.tokenizer, documents, kind, batch=config.document_batch, seed=context.seed, tick=tick
-        )
-        for kind in long_context.KINDS
-    }
-    found = {
-        split: long_context.evidence_found(after.model, after.tokenizer, group, batch=config.document_batch, tick=tick)
-        for split, group in (("validation", validation), ("test", documents))
-    }
-    recall = long_context.indexer_recall(
-        found["validation"], found["test"], bootstrap, top_k=after.model.config.index_topk
-    )
-    return (
-        long_context.cross_entropy(by_kind, bootstrap, answers_only=False),
-        long_context.cross_entropy(by_kind, bootstrap, answers_only=True),
-        recall,
-        documents,
-    )
 
 
 def summarise(report: EvaluationReport) -> dict[str, Any]:

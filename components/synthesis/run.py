@@ -7,25 +7,21 @@ Everything follows from the run's seed: the same seed, configuration and code gi
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import signal
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from functools import partial
 from typing import Any
 
 from components.environments.chat_format import conversation_words
 from components.runtime.contracts import Demonstration, Document, Pointer, TaskRecord
-from components.runtime.processes import die_with_parent
 from components.runtime.stage import StageContext, StageResult
 from components.runtime.task_set import BATTERY, write_task_set
+from components.runtime.workers import Workers, tell
 from components.synthesis.config import SynthesisConfig
 from components.synthesis.family import Family, document_of, load_family
 from components.synthesis.parts import PARTS, Made, Part
 from components.synthesis.report import write_report
-
-_PROGRESS_SECONDS = 0.25
 
 
 def run(config: SynthesisConfig, context: StageContext, inputs: dict[str, Pointer]) -> StageResult:
@@ -82,55 +78,25 @@ def work_of(family: Family, config: SynthesisConfig) -> int:
 
 def make_families(families: Sequence[Family], config: SynthesisConfig, context: StageContext) -> list[Made]:
     """What each family gives, in their order. Parts are made side by side; the number of workers changes nothing."""
-    total = sum(work_of(family, config) for family in families)
-    jobs = [(family, part) for part in PARTS for family in families]
-    workers = min(config.workers or len(os.sched_getaffinity(0)), len(jobs))
+    total, done = sum(work_of(family, config) for family in families), 0
+
+    def hear(records: int) -> None:
+        nonlocal done
+        done += records
+        context.progress.update(done, total, {})
+
     made = {family.name: Made() for family in families}
-    if workers == 1:
-        done = 0
-
-        def tick() -> None:
-            nonlocal done
-            done += 1
-            context.progress.update(done, total, {})
-
-        for family, part in jobs:
-            made[family.name].add(part(family, config, context.seed, tick))
-        return list(made.values())
-    spawn = multiprocessing.get_context("spawn")
-    counter = spawn.Value("L", 0)
-    with ProcessPoolExecutor(workers, spawn, _begin_worker, (counter,)) as pool:
-        waiting = {
-            pool.submit(_make_in_worker, family.name, part, config, context.seed): family for family, part in jobs
-        }
-        while waiting:
-            ended, _ = wait(waiting, timeout=_PROGRESS_SECONDS, return_when=FIRST_COMPLETED)
-            context.progress.update(counter.value, total, {})
-            for future in ended:
-                try:
-                    made[waiting.pop(future).name].add(future.result())
-                except BaseException:
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    raise
+    jobs = [(family.name, part) for part in PARTS for family in families]
+    workers = min(config.workers or len(os.sched_getaffinity(0)), len(jobs))
+    with Workers(workers) as pool:
+        results = pool.run([partial(_make, name, part, config, context.seed) for name, part in jobs], hear)
+    for (name, _), result in zip(jobs, results, strict=True):
+        made[name].add(result)
     return list(made.values())
 
 
-_counter: Any = None  # of a worker process: records made by all of them
-
-
-def _begin_worker(counter: Any) -> None:
-    global _counter
-    die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's decision
-    _counter = counter
-
-
-def _make_in_worker(name: str, part: Part, config: SynthesisConfig, seed: int) -> Made:
-    def tick() -> None:
-        with _counter.get_lock():
-            _counter.value += 1
-
-    return part(load_family(name), config, seed, tick)
+def _make(name: str, part: Part, config: SynthesisConfig, seed: int) -> Made:
+    return part(load_family(name), config, seed, lambda: tell(1))
 
 
 def _check_words(

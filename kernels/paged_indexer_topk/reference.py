@@ -11,6 +11,8 @@ from kernels.indexer_scores.reference import compute_dtype
 from kernels.indexer_topk.reference import CHUNK_ELEMENTS, batched_scores
 from kernels.topk.reference import topk
 
+_ALIKE = 2  # binary orders of magnitude by which the queries of sequences computed together may differ
+
 
 def padded_queries(sequence_T: Tensor, sequences: int) -> tuple[Tensor, Tensor]:
     """(token_NQ, valid_NQ): the tokens of each sequence in their given order, padded to the longest."""
@@ -36,6 +38,41 @@ def paged_indexer_topk(
     k_scale_PS: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `kernels.paged_indexer_topk.paged_indexer_topk`; any float dtype. Each sequence's keys are gathered once."""
+    tokens, device = q_THD.shape[0], q_THD.device
+    rows_TK = torch.full((tokens, k), -1, dtype=torch.int32, device=device)
+    positions_TK = torch.full((tokens, k), -1, dtype=torch.int32, device=device)
+    lengths_T = torch.zeros(tokens, dtype=torch.int32, device=device)
+    # sequences with about as many queries together: one long prompt must not pad what others decode to its length
+    count_T = torch.bincount(sequence_T, minlength=1)[sequence_T]
+    size_T = torch.log2(count_T.float()).div(_ALIKE).ceil()
+    for size in size_T.unique().tolist():
+        part_U = (size_T == size).nonzero().flatten()
+        rows_TK[part_U], positions_TK[part_U], lengths_T[part_U] = _alike(
+            q_THD[part_U],
+            k_cache_PSD,
+            weight_TH[part_U],
+            page_table_NP,
+            sequence_T[part_U],
+            key_end_T[part_U],
+            k,
+            None if q_scale_TH is None else q_scale_TH[part_U],
+            k_scale_PS,
+        )
+    return rows_TK, positions_TK, lengths_T
+
+
+def _alike(
+    q_THD: Tensor,
+    k_cache_PSD: Tensor,
+    weight_TH: Tensor,
+    page_table_NP: Tensor,
+    sequence_T: Tensor,
+    key_end_T: Tensor,
+    k: int,
+    q_scale_TH: Tensor | None,
+    k_scale_PS: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All sequences padded to the one with the most queries and to the one with the most keys."""
     dtype = compute_dtype(q_THD, k_cache_PSD, weight_TH)
     tokens, heads, dim = q_THD.shape
     page_size = k_cache_PSD.shape[1]

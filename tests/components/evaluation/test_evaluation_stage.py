@@ -68,10 +68,11 @@ class Stage:
         self.tasks = self.context.publish("task-set", work / "tasks")
         self.pointers = {name: self.context.publish("checkpoint", path) for name, path in checkpoints.items()}
 
-    def evaluate(self, before: str, after: str) -> tuple[Pointer, dict[str, Any]]:
+    def evaluate(self, before: str, after: str, processes: int = 1) -> tuple[Pointer, dict[str, Any]]:
         config = EvaluationConfig(
             pairs=len(TASKS), validation_tasks=2, temperatures=[0.5, 1.0], documents=3, validation_documents=3,
             resamples=300, logprob_trajectories=6, curve_tasks=3, curve_samples=4,
+            processes=processes, threads=1,
         )  # fmt: skip
         inputs = {"tasks": self.tasks, "before": self.pointers[before], "after": self.pointers[after]}
         result = evaluation.run(config, self.context, inputs)
@@ -113,6 +114,13 @@ def test_stage_reports_what_its_records_say_and_the_gate_follows(stage: Stage) -
     assert handed.outputs["evaluation"] == pointer
     verdict = gate.run(gate.GateConfig(), stage.context, {"evaluation": pointer}).summary
     assert verdict["verdict"] == "promoted"
+
+
+@pytest.mark.slow
+def test_processes_change_nothing(stage: Stage) -> None:
+    (one, _), (two, _) = (stage.evaluate("half", "all", processes=number) for number in (1, 2))
+    for file in ("evaluation.json", "items.parquet"):
+        assert (stage.context.fetch(one) / file).read_bytes() == (stage.context.fetch(two) / file).read_bytes(), file
 
 
 @pytest.mark.slow
