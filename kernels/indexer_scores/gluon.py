@@ -174,10 +174,33 @@ def _sum_by_product(product_MN, weight_NU):
 
 
 @gluon.jit
+def _either(a, b):
+    return b
+
+
+@gluon.jit
 def _parts(product_MN, weight_N):
-    """[keys, queries, lanes]: each lane's share of the sum over heads."""
-    weighted = gl.reshape(gl.maximum(product_MN, 0.0) * gl.expand_dims(weight_N, 0), [64, B, 8, 4, 2])
-    return gl.sum(gl.sum(weighted, 4), 2)
+    """[keys, queries, lanes]: each lane's share of the sum over heads. By hand, since the compiler chooses for each
+    element anew which of two products it rounds before they are added: equal keys would get different scores."""
+    pairs_MN = gl.inline_asm_elementwise(
+        """
+        {
+        .reg .f32 left, right;
+        max.f32 left, $2, 0f00000000;
+        max.f32 right, $3, 0f00000000;
+        mul.rn.f32 left, left, $4;
+        fma.rn.f32 left, right, $5, left;
+        mov.f32 $0, left;
+        mov.f32 $1, left;
+        }
+        """,
+        "=f,=f,f,f,f,f",
+        [product_MN, gl.expand_dims(weight_N, 0)],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=2,
+    )
+    return gl.sum(gl.reduce(gl.reshape(pairs_MN, [64, B, 8, 4, 2]), 4, _either), 2)
 
 
 @gluon.jit
