@@ -43,6 +43,11 @@ def table(result: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def write(result: dict, stem: Path) -> None:
+    stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    stem.with_suffix(".md").write_text(table(result))
+
+
 def plot(result: dict, path: Path) -> None:
     """Time per query of sparse attention by context length."""
     try:
@@ -121,8 +126,8 @@ def main() -> int:
                 sep=" | ",
                 flush=True,
             )
-    stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    stem.with_suffix(".md").write_text(table(result))
+        write(result, stem)  # what is measured so far, should the time end
+    write(result, stem)
     plot(result, stem.with_suffix(".svg"))
     print("failed:", result["failed"], "written:", stem)
     return 1 if result["failed"] else 0
