@@ -12,6 +12,9 @@ The sum over heads of e4m3 queries is a product as well: ReLU rounds to bf16 on 
 into a product with the weights, which are two bf16, high and low, in two columns. That adds 2e-3 to the error of the
 scores, where e4m3 itself is good for 3e-2; wider queries are summed in fp32.
 
+Where only what passes a threshold is kept, a tile's product is issued before the scores of the one before are appended,
+and the groups' products of e4m3 wait for each other: else both multiply, and then both add up, at the same time.
+
 Legend: T query tokens, S keys, H = 64 heads, D = 128; B = 4 queries of a warpgroup, N = 256 their (query, head)
 columns, M = 64 keys of a tile, C slots of a list.
 """

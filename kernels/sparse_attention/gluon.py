@@ -4,7 +4,8 @@ Two consumer warpgroups and a producer. Keys come in pairs of blocks of 64: warp
 block w and holds columns [256 w, 256 w + 256) of the output. So each needs both blocks' probabilities: they pass
 through shared memory, in the rope tile of their block, which nobody reads any more by then (the queries and two key
 blocks fill the 227 KiB). The running maximum passes along: block 0 takes it over from block 1 of the pair before,
-block 1 from block 0. The warpgroups run half a pair apart, so that one's softmax hides behind the other's products.
+block 1 from block 0; it stays what it was until a score lies 2^8 times above it, so that the output is seldom
+multiplied. The warpgroups run half a pair apart, so that one's softmax hides behind the other's products.
 
     warpgroup 0: S0 = Q K0'   softmax 0          O_left  += P0 V0       O_left += P1 V1
     warpgroup 1:              S1 = Q K1'         O_right += P0 V0, softmax 1      O_right += P1 V1
