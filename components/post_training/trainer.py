@@ -53,7 +53,8 @@ class Learner:
             for parameter in model.indexer_parameters():
                 parameter.requires_grad_(False)
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trained, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+        rate = config.learning_rate
+        self.optimizer = torch.optim.AdamW(self.trained, lr=rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
     def state(self) -> dict[str, Any]:
         """What a later try needs: weights, optimiser, version. The reference is the checkpoint that RL starts from."""

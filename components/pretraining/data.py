@@ -5,8 +5,9 @@ A batch holds sequences of one kind (demonstrations or documents).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -71,6 +72,35 @@ def document_example(document: Document, ids: dict[str, int], filler_weight: flo
     for question in document.questions:
         weights[question.answer_start + 1 : question.answer_end + 1] = 1.0
     return Example(token_ids, weights)
+
+
+def save_examples(examples: Mapping[str, Sequence[Example]], path: Path) -> None:
+    """Lists of examples, by name, in one file: the other ranks need not read and tokenise the records again."""
+    torch.save(
+        {
+            name: {
+                "token_ids": torch.cat([example.token_ids for example in found]),
+                "weights": torch.cat([example.weights for example in found]),
+                "lengths": [len(example.token_ids) for example in found],
+            }
+            for name, found in examples.items()
+            if found
+        },
+        path,
+    )
+
+
+def load_examples(path: Path) -> dict[str, list[Example]]:
+    """What `save_examples` wrote; a name without examples is left out."""
+    return {
+        name: [
+            Example(*parts)
+            for parts in zip(
+                stored["token_ids"].split(stored["lengths"]), stored["weights"].split(stored["lengths"]), strict=True
+            )
+        ]
+        for name, stored in torch.load(path, weights_only=True).items()
+    }
 
 
 def pack(examples: Sequence[Example]) -> Batch:

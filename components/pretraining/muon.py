@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from components.runtime.ranks import Ranks
+
 # Quintic iteration of the reference implementation: singular values of anything reach 0.7 to 1.2 in five steps.
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
@@ -40,7 +42,10 @@ class Muon(torch.optim.Optimizer):
         lr: float,
         momentum: float = 0.95,
         weight_decay: float = 0.0,
+        ranks: Ranks | None = None,
     ) -> None:
+        """`ranks`: data-parallel processes with the same gradients; each orthogonalises its share of the matrices."""
+        self.ranks = ranks or Ranks()
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -49,26 +54,39 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
+        stacks: list[tuple[dict[str, Any], list[torch.Tensor]]] = []  # parameters of one group and one shape
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[torch.Tensor]] = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     by_shape.setdefault(parameter.shape[-2:], []).append(parameter)
-            for parameters in by_shape.values():
-                self._update(parameters, group["lr"], group["momentum"], group["weight_decay"])
+            stacks += [(group, parameters) for parameters in by_shape.values()]
+        updates = []
+        for number, (group, parameters) in enumerate(stacks):
+            direction_BMN = torch.cat([self._direction(parameter, group["momentum"]) for parameter in parameters])
+            updates.append(self._share(number, direction_BMN))
+        self.ranks.sum(updates)
+        for (group, parameters), update_BMN in zip(stacks, updates, strict=True):
+            scale = _RMS_OF_ADAMW * max(update_BMN.shape[-2:]) ** 0.5
+            sizes = [parameter[..., 0, 0].numel() for parameter in parameters]
+            for parameter, update in zip(parameters, update_BMN.split(sizes), strict=True):
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(update.view_as(parameter), alpha=-group["lr"] * scale)
 
-    def _update(self, parameters: list[torch.Tensor], rate: float, momentum: float, decay: float) -> None:
-        """One step of parameters whose matrices have one shape."""
-        directions = []
-        for parameter in parameters:
-            state = self.state[parameter]
-            if "momentum" not in state:
-                state["momentum"] = torch.zeros_like(parameter)
-            assert parameter.grad is not None
-            state["momentum"].lerp_(parameter.grad, 1 - momentum)
-            directions.append(parameter.grad.lerp(state["momentum"], momentum).reshape(-1, *parameter.shape[-2:]))
-        rows, columns = parameters[0].shape[-2:]
-        scale = _RMS_OF_ADAMW * max(rows, columns) ** 0.5
-        updates = orthogonalise(torch.cat(directions)).split([direction.shape[0] for direction in directions])
-        for parameter, update in zip(parameters, updates, strict=True):
-            parameter.mul_(1 - rate * decay).add_(update.view_as(parameter), alpha=-rate * scale)
+    def _direction(self, parameter: torch.Tensor, momentum: float) -> torch.Tensor:
+        """Nesterov momentum of the gradient, [B, M, N]."""
+        state = self.state[parameter]
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(parameter)
+        assert parameter.grad is not None
+        state["momentum"].lerp_(parameter.grad, 1 - momentum)
+        return parameter.grad.lerp(state["momentum"], momentum).reshape(-1, *parameter.shape[-2:])
+
+    def _share(self, number: int, direction_BMN: torch.Tensor) -> torch.Tensor:
+        """This rank's matrices of stack `number` orthogonalised, zeros for the others': the ranks' sum is the whole."""
+        size = self.ranks.size
+        first = (self.ranks.rank + number) % size  # so that not every stack of three is shared two to one
+        update_BMN = torch.zeros_like(direction_BMN)
+        if first < len(direction_BMN):
+            update_BMN[first::size] = orthogonalise(direction_BMN[first::size])
+        return update_BMN

@@ -8,6 +8,7 @@ import torch
 
 from components.pretraining.config import PhaseConfig, PretrainingConfig
 from components.pretraining.muon import Muon
+from components.runtime.ranks import Ranks
 from model import Transformer
 
 
@@ -27,7 +28,7 @@ def curriculum_share(step: int, phase: PhaseConfig) -> float:
 
 
 def optimizers_of(
-    name: str, phase: PhaseConfig, config: PretrainingConfig, model: Transformer
+    name: str, phase: PhaseConfig, config: PretrainingConfig, model: Transformer, ranks: Ranks | None = None
 ) -> list[torch.optim.Optimizer]:
     """Muon over the network's matrices, AdamW over the rest, of what the phase trains (sets requires_grad).
 
@@ -44,7 +45,7 @@ def optimizers_of(
     muon = [p for p in network if p.requires_grad and id(p) in matrices]
     if muon:
         rate, decay = phase.matrix_learning_rate, config.weight_decay
-        found.append(Muon([{"params": muon, "peak": rate}], lr=rate, weight_decay=decay))
+        found.append(Muon([{"params": muon, "peak": rate}], lr=rate, weight_decay=decay, ranks=ranks))
     embedding = model.model.embed_tokens.weight
     indexer_rate = phase.learning_rate if name == "warmup" else phase.indexer_learning_rate
     groups = []

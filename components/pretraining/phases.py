@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,10 +26,11 @@ from model.moe import balance, expert_load
 
 @dataclass
 class Corpus:
+    """examples: what is trained on, "demonstrations" and "documents"."""
+
     tokenizer: Tokenizer
     shown_tasks: list[TaskRecord]
-    demonstrations: list[Example]
-    documents: list[Example]
+    examples: dict[str, list[Example]]
     validation_demonstrations: Batch
     validation_documents: Batch
 
@@ -65,7 +67,7 @@ def train_phase(
     phase: PhaseConfig,
     config: PretrainingConfig,
     model: Transformer,
-    corpus: Corpus,
+    examples: Mapping[str, Sequence[Example]],
     seed: int,
     place: Place,
     ranks: Ranks,
@@ -81,11 +83,11 @@ def train_phase(
         recorder.context.progress.phase(name)
     model.train()
     model.attention_mode, indexer_loss = MODES[name]
-    optimizers = optimizers_of(name, phase, config, model)
+    optimizers = optimizers_of(name, phase, config, model, ranks)
     generator = torch.Generator().manual_seed(random.Random(f"{seed}/{name}").getrandbits(62))
-    streams = {"demonstrations": Stream(corpus.demonstrations, phase.demonstration_tokens, generator)}
+    streams = {"demonstrations": Stream(examples["demonstrations"], phase.demonstration_tokens, generator)}
     if phase.document_tokens:
-        streams["documents"] = Stream(corpus.documents, phase.document_tokens, generator)
+        streams["documents"] = Stream(examples["documents"], phase.document_tokens, generator)
     start = place.load(name, model, optimizers, generator, streams)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     trained = [parameter for group in groups for parameter in group["params"]]
@@ -96,8 +98,8 @@ def train_phase(
         parts: dict[str, torch.Tensor] = {}
         loads = [torch.zeros_like(router.e_score_correction_bias) for router in routers]
         for kind, stream in streams.items():
-            examples = stream.next(curriculum_share(step, phase) if kind == "documents" else 1.0)
-            totals, mine = Totals.of(examples), ranks.share(examples)
+            chosen = stream.next(curriculum_share(step, phase) if kind == "documents" else 1.0)
+            totals, mine = Totals.of(chosen), ranks.share(chosen)
             loss, losses, experts = batch_loss(model, mine, totals, indexer_loss, train_network=name != "warmup")
             if mine:
                 loss.backward()

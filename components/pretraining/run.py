@@ -10,6 +10,7 @@ modelling loss over the selected keys and the indexer, its input detached, from 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +18,15 @@ from tokenizers import Tokenizer
 
 from components.environments.chat_format import BOS, CHAT_TEMPLATE, END, PAD, SPECIAL_WORDS, UNKNOWN
 from components.pretraining.config import PretrainingConfig
-from components.pretraining.data import demonstration_example, document_example, known_words, pack
+from components.pretraining.data import (
+    Example,
+    demonstration_example,
+    document_example,
+    known_words,
+    load_examples,
+    pack,
+    save_examples,
+)
 from components.pretraining.episode import play_one
 from components.pretraining.phases import Corpus, Recorder, train_phase, validate
 from components.pretraining.report import write_report
@@ -54,8 +63,12 @@ def run(config: PretrainingConfig, context: StageContext, inputs: dict[str, Poin
     summary: dict[str, float] = {"parameters": parameters}
     resume = Resume(context, context.identity(config, inputs), config.state_seconds)
     recorder = Recorder(config, corpus, context, resume)
-    with open_ranks(config.processes, context.work_dir, _follow, config, context.seed, directory, base) as ranks:
-        _train(config, model, corpus, context.seed, resume.place, ranks, recorder, dense=base is None)
+    examples = context.work_dir / "examples.pt"
+    if config.processes > 1:
+        save_examples(corpus.examples, examples)
+    arguments = (config, context.seed, directory, base, examples)
+    with open_ranks(config.processes, context.work_dir, _follow, *arguments) as ranks:
+        _train(config, model, corpus.examples, context.seed, resume.place, ranks, recorder, dense=base is None)
     for mode in ("dense", "sparse"):
         losses = validate(model, corpus, mode)
         summary.update({f"{mode}_{name}": value for name, value in losses.items()})
@@ -75,7 +88,7 @@ def run(config: PretrainingConfig, context: StageContext, inputs: dict[str, Poin
 def _train(
     config: PretrainingConfig,
     model: Transformer,
-    corpus: Corpus,
+    examples: Mapping[str, Sequence[Example]],
     seed: int,
     place: Place | None,
     ranks: Ranks,
@@ -86,15 +99,16 @@ def _train(
     place = ranks.from_first(place)
     for name in PHASES:
         if (name != "dense" or dense) and not place.is_past(name):
-            train_phase(name, getattr(config, name), config, model, corpus, seed, place, ranks, recorder)
+            train_phase(name, getattr(config, name), config, model, examples, seed, place, ranks, recorder)
 
 
-def _follow(ranks: Ranks, config: PretrainingConfig, seed: int, directory: Path, base: Path | None) -> None:
+def _follow(
+    ranks: Ranks, config: PretrainingConfig, seed: int, directory: Path, base: Path | None, examples: Path
+) -> None:
     """What the ranks above 0 do: the same training on their share of each batch, and nothing beside it."""
     _set_threads(config)
-    model, tokenizer = _start(config, seed, directory, base)
-    corpus = load_corpus(directory, tokenizer, config)
-    _train(config, model, corpus, seed, None, ranks, None, dense=base is None)
+    model, _ = _start(config, seed, directory, base)
+    _train(config, model, load_examples(examples), seed, None, ranks, None, dense=base is None)
 
 
 def _set_threads(config: PretrainingConfig) -> None:
@@ -134,8 +148,7 @@ def load_corpus(directory: Path, tokenizer: Tokenizer, config: PretrainingConfig
     return Corpus(
         tokenizer,
         read_tasks(directory, "validation"),
-        demonstrations["train"],
-        documents["train"],
+        {"demonstrations": demonstrations["train"], "documents": documents["train"]},
         pack(demonstrations["validation"][:256]),
         pack(documents["validation"][:32]),
     )

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as distributed
 
-from components.runtime.processes import die_with_parent
+from components.runtime.processes import collect_rarely, die_with_parent
 
 _DEADLINE = timedelta(minutes=10)  # a process that hangs longer than this ends the work
 _T = TypeVar("_T")
@@ -134,6 +134,7 @@ def _run(
     rank: int, size: int, meeting: Path, started: Connection, follow: Callable[..., None], arguments: tuple[Any, ...]
 ) -> None:
     die_with_parent()
+    collect_rarely()
     started.send(True)
     _join(meeting, rank, size)
     try:

@@ -33,7 +33,7 @@ from components.runtime.cost import Meter
 from components.runtime.errors import InputError, disk_errors
 from components.runtime.exporter import exported
 from components.runtime.object_store import ObjectStore
-from components.runtime.processes import die_with_owner
+from components.runtime.processes import collect_rarely, die_with_owner
 from components.runtime.progress import Progress
 from components.runtime.settings import NO_USAGE_REPORTING, Settings
 from components.runtime.tracking import Tracker
@@ -243,6 +243,7 @@ def run_component(
     """
     _stop_on_sigterm()
     die_with_owner()
+    collect_rarely()
     os.environ.update({name: value for name, value in NO_USAGE_REPORTING.items() if name not in os.environ})
     try:
         pointers = {name: pointer for name, value in inputs.items() if (pointer := read_pointer(value)) is not None}
@@ -317,6 +318,7 @@ def main(
     parser.add_argument("--config", required=True, type=Path, help="YAML: config, inputs (pointers), seed")
     options = parser.parse_args(arguments)
     _stop_on_sigterm()
+    collect_rarely()
     os.environ.update({name: value for name, value in NO_USAGE_REPORTING.items() if name not in os.environ})
     try:
         document = read_yaml(options.config)

@@ -9,7 +9,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from types import TracebackType
 from typing import Any, TypeVar
 
-from components.runtime.processes import die_with_parent
+from components.runtime.processes import collect_rarely, die_with_parent
 
 _T = TypeVar("_T")
 _HEAR_SECONDS = 0.25  # between two looks at what the workers told
@@ -70,6 +70,7 @@ class Workers:
 def _begin_worker(told: Callable[[Any], None], begin: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
     global _hear
     die_with_parent()
+    collect_rarely()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's decision
     _hear = told
     if begin:

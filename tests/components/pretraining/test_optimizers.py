@@ -6,6 +6,7 @@ import torch
 from components.pretraining.config import PretrainingConfig
 from components.pretraining.muon import Muon, orthogonalise
 from components.pretraining.optimizers import optimizers_of
+from components.runtime.ranks import Ranks
 from model import ModelConfig, Transformer
 
 
@@ -48,6 +49,34 @@ def test_a_stack_of_matrices_is_as_many_matrices():
     Muon([stack], lr=0.1).step()
     Muon(single, lr=0.1).step()
     assert torch.allclose(stack, torch.stack(list(single)), atol=1e-6)
+
+
+def test_ranks_share_the_matrices_and_step_alike():
+    """Two ranks, one after the other: each is given what the other one left to it, as their sum would."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(3, 8, 6), (8, 6), (5, 7), (7, 5)]
+    starts, gradients = ([torch.randn(shape, generator=generator) for shape in shapes] for _ in range(2))
+
+    class Rank(Ranks):
+        def sum(self, tensors):
+            shared.append([tensor.clone() for tensor in tensors])
+            if len(shared) == 3:  # the first rank again, now that the second one's share is known
+                for tensor, other in zip(tensors, shared[1], strict=True):
+                    tensor += other
+
+    def stepped(ranks):
+        parameters = [torch.nn.Parameter(start.clone()) for start in starts]
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient.clone()
+        Muon(parameters, lr=0.1, weight_decay=0.05, ranks=ranks).step()
+        return parameters
+
+    shared: list[list[torch.Tensor]] = []
+    stepped(Rank(0, 2)), stepped(Rank(1, 2))
+    for first, second in zip(*shared, strict=True):  # every matrix is one rank's
+        assert [bool(a.any()) + bool(b.any()) for a, b in zip(first, second, strict=True)] == [1] * len(first)
+    for one, alone in zip(stepped(Rank(0, 2)), stepped(None), strict=True):
+        torch.testing.assert_close(one, alone)
 
 
 def test_vectors_are_refused():
