@@ -8,6 +8,7 @@ Shape suffixes: T new tokens (all sequences, packed), S key rows, H heads, D dim
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -53,6 +54,22 @@ class Context:
         self, layer: int, q_THD: torch.Tensor, k_SD: torch.Tensor, weight_TH: torch.Tensor, k: int
     ) -> torch.Tensor:
         raise NotImplementedError
+
+    def chosen_or_all(self, k: int, choose: Callable[[torch.Tensor | slice], torch.Tensor]) -> torch.Tensor:
+        """Rows [T, k]: every key of a query that has no more than k, and `choose(queries)` [queries, k] of the others.
+
+        On a GPU, which would have to wait to know which those are, `choose` has the say for all queries.
+        """
+        if self.position_T.is_cuda:
+            return choose(slice(None))
+        beyond_U = (self.position_T >= k).nonzero().flatten()
+        if len(beyond_U) == len(self.position_T):
+            return choose(slice(None))
+        columns = torch.arange(k)
+        rows_TK = self.rows_of(torch.where(columns <= self.position_T[:, None], columns, -1))
+        if len(beyond_U):
+            rows_TK[beyond_U] = choose(beyond_U)
+        return rows_TK
 
     def rows_of(self, positions_TK: torch.Tensor) -> torch.Tensor:
         """Key rows (int32) of positions of the query's own sequence; -1 stays -1."""
@@ -109,7 +126,10 @@ class PackedContext(Context):
     def select(
         self, layer: int, q_THD: torch.Tensor, k_SD: torch.Tensor, weight_TH: torch.Tensor, k: int
     ) -> torch.Tensor:
-        return indexer_topk(q_THD, k_SD, weight_TH, self.key_start_T, self.key_end_T, k)[0]
+        def choose(u: torch.Tensor | slice) -> torch.Tensor:
+            return indexer_topk(q_THD[u], k_SD, weight_TH[u], self.key_start_T[u], self.key_end_T[u], k)[0]
+
+        return self.chosen_or_all(k, choose)
 
     def rows_of(self, positions_TK: torch.Tensor) -> torch.Tensor:
         return torch.where(positions_TK >= 0, positions_TK + self.key_start_T[:, None], -1).to(torch.int32)
@@ -155,10 +175,13 @@ class PagedContext(Context):
             cache, end_T = self.index_k_cache[layer], self.position_T + 1
             arguments = (q_THD, cache, weight_TH, self.page_table_NP, self.sequence_T, end_T, k, self.tie_generator)
             return self.rows_of(random_tie_positions(*arguments))
-        rows_TK, _, _ = paged_indexer_topk(
-            q_THD, self.index_k_cache[layer], weight_TH, self.page_table_NP, self.sequence_T, self.position_T + 1, k
-        )
-        return rows_TK
+        cache = self.index_k_cache[layer]
+
+        def choose(u: torch.Tensor | slice) -> torch.Tensor:
+            queries = (self.page_table_NP, self.sequence_T[u], self.position_T[u] + 1)
+            return paged_indexer_topk(q_THD[u], cache, weight_TH[u], *queries, k)[0]
+
+        return self.chosen_or_all(k, choose)
 
     def rows_of(self, positions_TK: torch.Tensor) -> torch.Tensor:
         page_TK = positions_TK.clamp(min=0) // self.page_size
