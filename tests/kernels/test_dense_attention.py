@@ -22,13 +22,8 @@ def oracle(q, k, v, start, end, scale):
     return out, lse
 
 
-@pytest.mark.parametrize("budget", [50, 700, 1 << 24])
-def test_equals_oracle_with_gradients(monkeypatch, budget):
-    monkeypatch.setattr(reference, "TILE_ELEMENTS", budget)
-    start, end = packed([1, 17, 2, 5, 16, 3])
-    end[3] = start[3]  # a row without keys inside a sequence
+def assert_equals_oracle_with_gradients(start, end, shapes):
     generator = torch.Generator().manual_seed(0)
-    shapes = [(44, 4, 6), (44, 2, 6), (44, 2, 5)]
     q, k, v = (torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes)
     out, lse = dense_attention_gqa(q, k, v, start, end, 0.4)
     expected_out, expected_lse = oracle(q, k, v, start, end, 0.4)
@@ -38,23 +33,21 @@ def test_equals_oracle_with_gradients(monkeypatch, budget):
     got = torch.autograd.grad((out * weights).sum(), (q, k, v))
     for a, b in zip(got, torch.autograd.grad((expected_out * weights).sum(), (q, k, v)), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("budget", [50, 700, 1 << 24])
+def test_equals_oracle_with_gradients(monkeypatch, budget):
+    monkeypatch.setattr(reference, "TILE_ELEMENTS", budget)
+    start, end = packed([1, 17, 2, 5, 16, 3])
+    end[3] = start[3]  # a row without keys inside a sequence
+    assert_equals_oracle_with_gradients(start, end, [(44, 4, 6), (44, 2, 6), (44, 2, 5)])
 
 
 @pytest.mark.parametrize("groups, value_dim", [(1, 5), (2, 6), (4, 9)])
 def test_whole_causal_sequences_equal_oracle_with_gradients(groups, value_dim):
     start, end = packed([1, 17, 2, 70, 16, 3])
     assert cpu.causal_lengths(start, end, 109) == [1, 17, 2, 70, 16, 3]
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(109, 4, 6), (109, groups, 6), (109, groups, value_dim)]
-    q, k, v = (torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes)
-    out, lse = dense_attention_gqa(q, k, v, start, end, 0.4)
-    expected_out, expected_lse = oracle(q, k, v, start, end, 0.4)
-    torch.testing.assert_close(out, expected_out)
-    torch.testing.assert_close(lse, expected_lse)
-    weights = torch.randn(out.shape, generator=generator, dtype=torch.float64)
-    got = torch.autograd.grad((out * weights).sum(), (q, k, v))
-    for a, b in zip(got, torch.autograd.grad((expected_out * weights).sum(), (q, k, v)), strict=True):
-        torch.testing.assert_close(a, b)
+    assert_equals_oracle_with_gradients(start, end, [(109, 4, 6), (109, groups, 6), (109, groups, value_dim)])
 
 
 def test_a_sequence_does_not_depend_on_what_is_packed_beside_it():
