@@ -39,6 +39,7 @@ def test_the_digest_is_of_the_sources_not_of_their_place(tree):
     assert digests(tree) == digests(ROOT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "path, stages",
     [
@@ -66,6 +67,7 @@ def test_a_preset_is_code_too(tree):
     assert changed_by(tree, "model/presets/nano.json", "\n") == MODEL_STAGES
 
 
+@pytest.mark.slow
 def test_a_new_module_counts_once_it_is_imported(tree):
     (tree / "components" / "synthesis" / "extra.py").write_text("x = 1\n")
     try:

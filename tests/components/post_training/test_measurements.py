@@ -40,6 +40,7 @@ def test_interval_by_hand():
     assert ablations.interval([5.0]) == {"mean": 5.0, "n": 1, "effect": "null"}
 
 
+@pytest.mark.slow
 def test_a_lagging_pool_plays_old_weights(material):
     learner = Learner(CONFIG, material.model())
     worker = RolloutWorker(CONFIG, learner.model, material.tokenizer, material.environments, material.longest)
@@ -80,6 +81,7 @@ def test_gradient_variance_from_the_gradients_of_the_halves(material):
     assert ablations.gradient_variance(learner, batch, random.Random(0)) is None
 
 
+@pytest.mark.slow
 def test_rows_that_are_there_are_kept_and_missing_ones_are_made(tmp_path, inputs, material, capsys):
     output, values = tmp_path / "ablations.json", tmp_path / "values.yaml"
     values.write_text("{prompts: 2, group_size: 2, turn_tokens: 6, validation_tasks: 2}")
@@ -110,6 +112,7 @@ def test_rows_that_are_there_are_kept_and_missing_ones_are_made(tmp_path, inputs
         ablations.kept_rows(output)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_rows_are_made_side_by_side_and_a_failed_one_ends_all(processes):
     jobs = [partial(dict, seed=seed) for seed in range(3)]
@@ -118,6 +121,7 @@ def test_rows_are_made_side_by_side_and_a_failed_one_ends_all(processes):
         list(ablations.made_rows([partial(divmod, 1, 0)], processes, 1))
 
 
+@pytest.mark.slow
 def test_benchmark_counts_the_work_and_compares_with_the_faster_synchronous(tmp_path, material):
     config = PostTrainingConfig(prompts=2, group_size=2, turn_tokens=6, steps=2, threads=1)
     got = benchmark.measure(material, config, tmp_path)

@@ -21,6 +21,8 @@ FAMILY = """
 from components.environments.kg_query import KnowledgeGraphQuery
 from components.environments.protocol import Verdict
 
+pytestmark = pytest.mark.slow
+
 
 class Lot(KnowledgeGraphQuery):
     name = "lot"
@@ -98,7 +100,6 @@ def same(first, second):
     return all(torch.equal(x, y) for x, y in zip(first.values(), second.values(), strict=True))
 
 
-@pytest.mark.slow
 def test_two_processes_do_what_one_does_and_the_same_every_time(play, inputs):
     one, one_ledger, _ = play("one", processes=1)
     two, two_ledger, weights = play("two")

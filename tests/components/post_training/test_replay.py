@@ -43,6 +43,7 @@ def holding(findings):
     return {finding.name: finding.holds for finding in findings}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 2, 4])
 def test_a_recorded_step_again(recorded, step):
     result, place, material, _ = recorded(step)
@@ -51,6 +52,7 @@ def test_a_recorded_step_again(recorded, step):
     assert found == {"engine against learner": True, "rollouts": True, f"weights after step {step}": True}
 
 
+@pytest.mark.slow
 def test_steps_without_a_record_are_reached_from_the_one_before(recorded):
     _, place, material, digests = recorded(2)
     found = holding(replay(read_record(place, material), material, 3, digests))
@@ -84,6 +86,7 @@ def changed(place, change):
     torch.save(state, place / STATE)
 
 
+@pytest.mark.slow
 def test_another_token_is_told(recorded):
     def change(state):
         state["played"][1]["episodes"][2]["trajectory"]["token_ids"][-1] += 1
@@ -97,6 +100,7 @@ def test_another_token_is_told(recorded):
     assert f"group 1, episode 2, token {length - 1}: token_ids" in found["rollouts"].detail
 
 
+@pytest.mark.slow
 def test_other_weights_are_told(recorded):
     def change(state):
         state["before"]["learner"]["model"]["model.norm.weight"][0] += 1e-3
@@ -107,6 +111,7 @@ def test_other_weights_are_told(recorded):
     assert found["weights after step 1"] is False
 
 
+@pytest.mark.slow
 def test_a_record_of_another_layout_and_of_other_tasks(recorded):
     _, place, material, _ = recorded(1)
     material.tasks = material.tasks[:1]

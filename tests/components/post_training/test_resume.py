@@ -16,6 +16,8 @@ from components.runtime.stage import StageContext
 from components.runtime.tracking import Tracker, read_metrics
 from model.checkpoint import load_model
 
+pytestmark = pytest.mark.slow
+
 VALUES = {
     **{"steps": 5, "prompts": 3, "group_size": 4, "mini_batches": 2, "validation_tasks": 2, "validation_every": 2},
     **{"turn_tokens": 6, "threads": 1, "learning_rate": 1e-3, "state_seconds": 0},
@@ -67,7 +69,6 @@ def test_stopped_once(play, steps):
     assert all(torch.equal(same_weights[name], weight) for name, weight in weights.items())
 
 
-@pytest.mark.slow
 def test_stopped_with_groups_under_way(play, head):
     """One step off: the groups that were out are played again, and every one is trained or dropped once."""
     values = {"schedule": "one_step_off", "rollout_workers": 1}

@@ -12,6 +12,8 @@ from components.pretraining.phases import batch_loss
 from components.runtime.ranks import open_ranks
 from model import ModelConfig, Transformer
 
+pytestmark = pytest.mark.slow
+
 LENGTHS = (9, 4, 12, 7, 5)
 
 

@@ -21,6 +21,8 @@ from components.runtime.tracking import Tracker, read_metrics
 from model.checkpoint import load_model
 from tests.components.knowledge_tasks import publish_knowledge_tasks
 
+pytestmark = pytest.mark.slow
+
 PHASE = PhaseConfig(steps=4, learning_rate=2e-3, warmup_steps=1, demonstration_tokens=200, document_tokens=100)
 DENSE = PHASE.model_copy(update={"curriculum": 0.5})
 CONFIG = PretrainingConfig(
@@ -98,7 +100,6 @@ def test_stopped_once(folder, tasks, undisturbed, steps):
     assert again.store.keys("training-state") == []
 
 
-@pytest.mark.slow
 def test_two_processes_go_on_together(folder, tasks):
     config = CONFIG.model_copy(update={"processes": 2})
     expected = pretraining.run(config, context(folder, "two"), {"tasks": tasks}).outputs["checkpoint"]
@@ -116,7 +117,6 @@ def test_a_changed_configuration_begins_anew(folder, tasks):
         pretraining.run(changed, context(folder, "changed", StopsAfter(STEPS - 1)), {"tasks": tasks})
 
 
-@pytest.mark.slow
 def test_killed_while_it_saves(folder, tasks, undisturbed, tmp_path):
     """SIGKILL of the real program, twice, at moments of its own; the third try ends as if nothing had been."""
     config = tmp_path / "pretraining.yaml"
