@@ -16,12 +16,12 @@ from components.runtime.task_set import write_task_set
 from components.runtime.tracking import Tracker
 from model.checkpoint import load_model
 
+pytestmark = pytest.mark.slow
+
 # found by its entry point in every process; every second play of a process passes
 FAMILY = """
 from components.environments.kg_query import KnowledgeGraphQuery
 from components.environments.protocol import Verdict
-
-pytestmark = pytest.mark.slow
 
 
 class Lot(KnowledgeGraphQuery):
