@@ -5,7 +5,6 @@ A play is one job, never split: which episodes share a batch does not depend on 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +22,7 @@ from components.evaluation.play import Item, Player, logprob_gap, play
 from components.rollouts import EpisodeResult
 from components.rollouts.loop import episode_trace, transcript
 from components.runtime.contracts import Document, TaskRecord
+from components.runtime.processes import threads_of_each
 from components.runtime.stage import StageContext
 from components.runtime.workers import Workers, tell
 from model.context import Selection
@@ -71,6 +71,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Read:
+    top_k: int
     by_kind: dict[Selection, Losses]
     validation: list[Found]
     test: list[Found]
@@ -108,7 +109,7 @@ class Games:
         self, config: EvaluationConfig, context: StageContext, task_set: str, directories: dict[str, tuple[Path, str]]
     ) -> None:
         self.context = context
-        threads = config.threads or max(1, len(os.sched_getaffinity(0)) // config.processes)
+        threads = threads_of_each(config.threads, config.processes)
         arguments = (config, context.seed, task_set, context.code, directories, threads)
         self._workers = Workers(config.processes, _enter, *arguments)
 
@@ -217,4 +218,4 @@ def _read(reading: Reading) -> Read:
         long_context.evidence_found(player.model, player.tokenizer, group, batch=config.document_batch, tick=tick)
         for group in (reading.validation, reading.documents)
     )
-    return Read(by_kind, validation, test)
+    return Read(player.model.config.index_topk, by_kind, validation, test)

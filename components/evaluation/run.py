@@ -14,7 +14,7 @@ from components.evaluation.config import EvaluationConfig
 from components.evaluation.games import Game, Games, Reading
 from components.evaluation.measures import SAMPLED, best_temperature, measure
 from components.evaluation.page import write_evaluation_page
-from components.evaluation.play import Player, write_items
+from components.evaluation.play import write_items
 from components.evaluation.report import ITEMS_FILE, CrossEntropy, EvaluationReport
 from components.runtime.contracts import Pointer, TaskRecord
 from components.runtime.stage import StageContext, StageResult
@@ -28,7 +28,6 @@ def run(config: EvaluationConfig, context: StageContext, inputs: dict[str, Point
     """
     task_set = context.fetch(inputs["tasks"])
     checkpoints = {name: (context.fetch(inputs[name]), inputs[name].sha256) for name in ("before", "after")}
-    top_k = Player.load("after", *checkpoints["after"]).model.config.index_topk
     bootstrap = Bootstrap(config.resamples, config.confidence, context.seed)
     tasks = first_of_each_family(read_tasks(task_set, "test"), config.pairs)
     few = first_of_each_family(of_main_measure(tasks, config.separate), config.curve_tasks)
@@ -41,13 +40,9 @@ def run(config: EvaluationConfig, context: StageContext, inputs: dict[str, Point
     with Games(config, context, inputs["tasks"].sha256, checkpoints) as games:
         # the model before RL at its best validation temperature, so that RL is not credited for a sharper distribution
         validation = of_main_measure(read_tasks(task_set, "validation"), config.separate)
-        tried, _ = games.play(
-            "validation plays",
-            [
-                Game("before", first_of_each_family(validation, config.validation_tasks), "validation", temperature)
-                for temperature in dict.fromkeys(config.temperatures)
-            ],
-        )
+        validation = first_of_each_family(validation, config.validation_tasks)
+        temperatures = dict.fromkeys(config.temperatures)
+        tried, _ = games.play("validation plays", [Game("before", validation, "validation", t) for t in temperatures])
         items = [item for played in tried for item in played.items]
         best = best_temperature(items, bootstrap, config.separate)
         held_out = [Game(player, tasks, "sampled", SAMPLED) for player in checkpoints]
@@ -62,7 +57,7 @@ def run(config: EvaluationConfig, context: StageContext, inputs: dict[str, Point
         played, found = games.play("held-out plays", held_out, reading)
     assert found is not None
     items += [item for one in played for item in one.items]
-    recall = long_context.indexer_recall(found.validation, found.test, bootstrap, top_k=top_k)
+    recall = long_context.indexer_recall(found.validation, found.test, bootstrap, top_k=found.top_k)
 
     report = EvaluationReport(
         tasks=inputs["tasks"],
@@ -74,7 +69,7 @@ def run(config: EvaluationConfig, context: StageContext, inputs: dict[str, Point
         separate=config.separate,
         confidence=config.confidence,
         resamples=config.resamples,
-        top_k=top_k,
+        top_k=found.top_k,
         document_words=max(len(document.words) for document in reading.documents),
         **measure(items, bootstrap, config.separate),
         ce=long_context.cross_entropy(found.by_kind, bootstrap, answers_only=False),

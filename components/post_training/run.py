@@ -9,7 +9,6 @@ checkpoint is the best one on a validation split, and the ledger beside it tells
 from __future__ import annotations
 
 import contextlib
-import os
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -33,6 +32,7 @@ from components.post_training.training import train
 from components.post_training.worker import RolloutWorker
 from components.runtime.contracts import Limits, Pointer, TaskRecord
 from components.runtime.errors import InputError
+from components.runtime.processes import threads_of_each
 from components.runtime.ranks import Ranks, open_ranks
 from components.runtime.stage import StageContext, StageResult
 from components.runtime.task_set import read_tasks, read_vocabulary
@@ -97,7 +97,7 @@ def run(config: PostTrainingConfig, context: StageContext, inputs: dict[str, Poi
 
 
 def _set_threads(config: PostTrainingConfig) -> None:
-    torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // config.processes))
+    torch.set_num_threads(threads_of_each(config.threads, config.processes))
 
 
 def follow(ranks: Ranks, config: PostTrainingConfig, start: Path, names: list[str], longest: int) -> None:

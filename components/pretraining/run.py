@@ -9,7 +9,6 @@ modelling loss over the selected keys and the indexer, its input detached, from 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -33,6 +32,7 @@ from components.pretraining.report import write_report
 from components.pretraining.resume import PHASES, Place, Resume
 from components.runtime.contracts import Pointer
 from components.runtime.errors import InputError
+from components.runtime.processes import threads_of_each
 from components.runtime.ranks import Ranks, open_ranks
 from components.runtime.stage import StageContext, StageResult
 from components.runtime.task_set import read_demonstrations, read_documents, read_tasks, read_vocabulary
@@ -112,7 +112,7 @@ def _follow(
 
 
 def _set_threads(config: PretrainingConfig) -> None:
-    torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // config.processes))
+    torch.set_num_threads(threads_of_each(config.threads, config.processes))
 
 
 def _start(config: PretrainingConfig, seed: int, directory: Path, base: Path | None) -> tuple[Transformer, Tokenizer]:

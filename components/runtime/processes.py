@@ -36,6 +36,11 @@ def die_with_parent() -> None:
     _die_with_parent(os.getppid())
 
 
+def threads_of_each(threads: int, processes: int) -> int:
+    """CPU threads of each of `processes`; for `threads` 0 its share of this process's cores."""
+    return threads or max(1, len(os.sched_getaffinity(0)) // processes)
+
+
 def collect_rarely() -> None:
     """Have the cycle collector look at this process's objects less often.
 

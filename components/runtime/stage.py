@@ -222,6 +222,12 @@ def _stop_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, interrupt)
 
 
+def _prepare_process() -> None:
+    _stop_on_sigterm()
+    collect_rarely()
+    os.environ.update({name: value for name, value in NO_USAGE_REPORTING.items() if name not in os.environ})
+
+
 def run_component(
     stage: str,
     config: str,
@@ -241,10 +247,8 @@ def run_component(
     `code` is the digest of the stage's sources. `run` and `config_class` ("module:name") are for stages that do not
     follow the naming convention. A failure ends the process with the exit code of its kind.
     """
-    _stop_on_sigterm()
+    _prepare_process()
     die_with_owner()
-    collect_rarely()
-    os.environ.update({name: value for name, value in NO_USAGE_REPORTING.items() if name not in os.environ})
     try:
         pointers = {name: pointer for name, value in inputs.items() if (pointer := read_pointer(value)) is not None}
         settings = Settings.read()
@@ -317,9 +321,7 @@ def main(
     parser = argparse.ArgumentParser(prog=f"python -m components.{stage}", description=f"Run the stage {stage}.")
     parser.add_argument("--config", required=True, type=Path, help="YAML: config, inputs (pointers), seed")
     options = parser.parse_args(arguments)
-    _stop_on_sigterm()
-    collect_rarely()
-    os.environ.update({name: value for name, value in NO_USAGE_REPORTING.items() if name not in os.environ})
+    _prepare_process()
     try:
         document = read_yaml(options.config)
         unknown = set(document) - {"config", "inputs", "seed"}

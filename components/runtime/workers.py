@@ -6,6 +6,7 @@ import multiprocessing
 import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -14,7 +15,9 @@ from components.runtime.processes import collect_rarely, die_with_parent
 _T = TypeVar("_T")
 _HEAR_SECONDS = 0.25  # between two looks at what the workers told
 
-_hear: Callable[[Any], None] = lambda message: None  # noqa: E731
+# of this process
+_hear: Callable[[Any], None]
+_to_begin: Callable[[], None] | None = None  # what a worker's first job has to wait for
 
 
 def tell(message: Any) -> None:
@@ -25,8 +28,8 @@ def tell(message: Any) -> None:
 class Workers:
     """`number` processes, each after `begin(*arguments)`; with one, all happens in this process.
 
-    Jobs and their results, `begin` and its arguments can be pickled. To be used in a `with` statement: leaving it by an
-    exception kills what still runs.
+    Jobs and their results, `begin` and its arguments can be pickled. What `begin` raises, the caller gets, as from a
+    job. To be used in a `with` statement: leaving it by an exception kills what still runs.
     """
 
     def __init__(self, number: int, begin: Callable[..., None] | None = None, *arguments: Any) -> None:
@@ -56,7 +59,7 @@ class Workers:
         if self._pool is None:
             _hear = hear
             return [job() for job in jobs]
-        futures: list[Future[_T]] = [self._pool.submit(job) for job in jobs]
+        futures: list[Future[_T]] = [self._pool.submit(_work, job) for job in jobs]
         waiting = set(futures)
         while waiting:
             ended, waiting = wait(waiting, timeout=_HEAR_SECONDS, return_when=FIRST_COMPLETED)
@@ -68,10 +71,18 @@ class Workers:
 
 
 def _begin_worker(told: Callable[[Any], None], begin: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
-    global _hear
+    global _hear, _to_begin
     die_with_parent()
     collect_rarely()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's decision
     _hear = told
-    if begin:
-        begin(*arguments)
+    # not here: an executor tells of an initializer that fails, but not why
+    _to_begin = partial(begin, *arguments) if begin else None
+
+
+def _work(job: Callable[[], _T]) -> _T:
+    global _to_begin
+    if _to_begin:
+        _to_begin()
+        _to_begin = None
+    return job()

@@ -25,7 +25,7 @@ def milliseconds(run: Callable[[], object], repeat_ms: int = 100) -> float:
     return float(triton.testing.do_bench(run, warmup=25, rep=repeat_ms, quantiles=[0.5]))
 
 
-def graphed(run: Callable[[], object]) -> Callable[[], None]:
+def graphed(run: Callable[[], object]) -> Callable[[], object]:
     """The same as one CUDA graph, as decoding steps are served: of launches of a few microseconds each, the host's time
     would be measured."""
     stream = torch.cuda.Stream()
@@ -35,12 +35,12 @@ def graphed(run: Callable[[], object]) -> Callable[[], None]:
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        kept = run()  # what the graph writes lives as long as it does
+        written = run()
 
-    def replay() -> None:
+    def replay() -> object:
         graph.replay()
+        return written  # and so it lives as long as the graph that writes it
 
-    replay.kept = kept  # type: ignore[attr-defined]
     return replay
 
 

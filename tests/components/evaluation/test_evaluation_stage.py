@@ -123,6 +123,15 @@ def test_processes_change_nothing(stage: Stage) -> None:
         assert (stage.context.fetch(one) / file).read_bytes() == (stage.context.fetch(two) / file).read_bytes(), file
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_checkpoint_that_cannot_be_read_is_bad_input(stage: Stage, tmp_path: Path, processes: int) -> None:
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "weights.txt").write_text("none")
+    stage.pointers["bad"] = stage.context.publish("checkpoint", tmp_path / "bad")
+    with pytest.raises(InputError, match=r"the checkpoint before in .* cannot be read"):
+        stage.evaluate("bad", "none", processes)
+
+
 @pytest.mark.slow
 def test_a_candidate_must_beat_the_champion(stage: Stage) -> None:
     pointer, _ = stage.evaluate("none", "half")

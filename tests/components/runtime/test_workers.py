@@ -27,6 +27,10 @@ def square(number: int) -> tuple[int, str, int]:
 
 def fail(number: int) -> None:
     tell("about to fail")
+    refuse(number)
+
+
+def refuse(number: int) -> None:
     raise InputError(f"job {number} is wrong")
 
 
@@ -45,6 +49,12 @@ def test_results_come_in_order_and_everything_told_is_heard(number: int) -> None
     assert {word for _, word, _ in first + second} == {"yes"}
     assert sorted(heard) == [(n, part) for n in (1, 2, 3, 4) for part in range(n)]
     assert (os.getpid() in {pid for _, _, pid in first}) == (number == 1)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_beginning_that_fails_is_told_as_what_it_is(number: int) -> None:
+    with pytest.raises(InputError, match="job 7 is wrong"), Workers(number, refuse, 7) as workers:
+        workers.run([partial(square, 1)], print)
 
 
 def test_a_job_that_fails_ends_the_others_with_its_error(tmp_path: Path) -> None:
