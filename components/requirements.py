@@ -12,7 +12,7 @@ from pathlib import Path
 
 WITHOUT = ("kfp", "kfp-kubernetes")
 # What KFP's executor imports, and PostgreSQL's driver for the MLflow server.
-MORE = ("docstring-parser", "protobuf", "typing-extensions", "psycopg2-binary>=2.9,<3")
+MORE = ("docstring-parser", "protobuf", "typing-extensions", "psycopg[binary]>=3.2,<4")
 
 
 def requirements(project: Path) -> list[str]:

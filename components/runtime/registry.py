@@ -7,6 +7,7 @@ MLflow holds the pointer and the sha256 of the manifest, never the weights.
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
 SCHEME = "models:/"
+_PASSWORD = re.compile(r"(//[^/:@]*):[^@/]*@")
 
 
 def mlflow_client(tracking_uri: str) -> MlflowClient:
@@ -41,9 +43,8 @@ def mlflow_client(tracking_uri: str) -> MlflowClient:
         client.search_experiments(max_results=1)
     except (MlflowException, SQLAlchemyError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(
-            f"MLflow at {tracking_uri} cannot be used: {reason}; check MLFLOW_TRACKING_URI and that the server runs"
-        ) from error
+        told = f"MLflow at {tracking_uri} cannot be used: {reason}; check MLFLOW_TRACKING_URI and that the server runs"
+        raise InputError(_PASSWORD.sub(r"\1:***@", told)) from error
     return client
 
 

@@ -146,3 +146,10 @@ def test_an_unusable_database_is_an_input_error(tmp_path):
     (tmp_path / "mlflow.db").write_bytes(b"this is no database" * 100)
     with pytest.raises(InputError, match="cannot be used"):
         mlflow_client(f"sqlite:///{tmp_path / 'mlflow.db'}")
+
+
+def test_an_address_is_told_without_its_password(monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(InputError, match=r"http://me:\*\*\*@127.0.0.1:9 cannot be used") as told:
+        mlflow_client("http://me:s3cret@127.0.0.1:9")
+    assert "s3cret" not in str(told.value)
