@@ -198,6 +198,7 @@ def verify(
     name: Annotated[str, typer.Option(help="registered model")] = "sparseline-nano",
     sample: Annotated[int, typer.Option(min=0, help="episodes to generate again with the checkpoints")] = 32,
     seed: Annotated[int | None, typer.Option(min=0, help="seed that draws them; default: another each time")] = None,
+    digest: Annotated[str, typer.Option(help="sha256 that the checkpoint's manifest must have")] = "",
 ) -> None:
     """Compute a model's evaluation and the gate's verdict again from the recorded evidence."""
     import secrets
@@ -207,7 +208,111 @@ def verify(
 
     settings = local_settings(runs, store).model_copy(update={"model": name})
     drawn = secrets.randbelow(1 << 31) if seed is None else seed
-    raise typer.Exit(verify_model(settings, model, sample=sample, seed=drawn, console=Console()))
+    raise typer.Exit(verify_model(settings, model, sample=sample, seed=drawn, console=Console(), digest=digest))
+
+
+@app.command()
+def release(
+    values: Annotated[
+        str, typer.Argument(help="the overlay's values, as the repository names the file", metavar="VALUES")
+    ],
+    model: Annotated[str, typer.Option(help="champion, candidate, previous, a version number, or models:/...")] = (
+        "champion"
+    ),
+    repository: Annotated[str, typer.Option(help="a Git repository: a folder or a URL")] = ".",
+    base: Annotated[str, typer.Option(help="branch that the cluster follows")] = "main",
+    branch: Annotated[str, typer.Option(help="branch to push; default: release/MODEL-VERSION")] = "",
+    commit: Annotated[bool, typer.Option("--commit", help="push it; without, it is only shown")] = False,
+    author: Annotated[str, typer.Option(help="of the commit, NAME <MAIL>")] = "Sparseline <sparseline@localhost>",
+    runs: Annotated[Path, RUNS] = Path("runs"),
+    store: Annotated[str, typer.Option(help="the store of the runs, as in `sparseline run`")] = "",
+    name: Annotated[str, typer.Option(help="registered model")] = "sparseline-nano",
+    sample: Annotated[int, typer.Option(min=0, help="episodes to generate again with the checkpoints")] = 32,
+) -> None:
+    """Show, or push with --commit, the commit that makes an environment serve a verified model version.
+
+    Example: sparseline release manifests/overlays/prod/values.yaml --repository https://git.example.com/platform
+    (SPARSELINE_GIT_USERNAME and SPARSELINE_GIT_PASSWORD where it asks who you are).
+    """
+    import secrets
+
+    from pipelines.release import Place
+    from pipelines.release import release as release_model
+    from pipelines.run import local_settings
+
+    settings = local_settings(runs, store).model_copy(update={"model": name})
+    raise typer.Exit(
+        release_model(
+            settings,
+            model,
+            Place(repository, base, values),
+            branch=branch,
+            author=author,
+            commit=commit,
+            sample=sample,
+            seed=secrets.randbelow(1 << 31),
+            console=Console(),
+        )
+    )
+
+
+DATABASE = typer.Option(
+    help="MLflow's database, sqlite:///FILE or postgresql://...; default: that of the runs",
+    envvar="SPARSELINE_DATABASE",
+)
+FILES = typer.Option(help="folder of what MLflow keeps beside its database; default: that of the runs")
+
+
+@app.command()
+def backup(
+    destination: Annotated[str, typer.Argument(help="a directory, or s3://BUCKET/PREFIX of another store")],
+    runs: Annotated[Path, RUNS] = Path("runs"),
+    store: Annotated[str, typer.Option(help="the store of the runs, as in `sparseline run`")] = "",
+    database: Annotated[str, DATABASE] = "",
+    files: Annotated[Path | None, FILES] = None,
+    endpoint: Annotated[str, ENDPOINT] = "",
+    namespace: Annotated[str, NAMESPACE] = "",
+    keep: Annotated[int, typer.Option(min=0, help="backups to keep there; 0: all")] = 0,
+) -> None:
+    """Save MLflow's database, the store and the schedules, at one moment.
+
+    Example: sparseline backup s3://backups/sparseline --keep 14 (SPARSELINE_BACKUP_S3_ENDPOINT,
+    SPARSELINE_BACKUP_ACCESS_KEY_ID and SPARSELINE_BACKUP_SECRET_ACCESS_KEY, where they are not those of the store).
+    """
+    from pipelines.backup import backup as make_backup
+
+    make_backup(_places(runs, store, database, files, endpoint, namespace), destination, keep=keep, console=Console())
+
+
+@app.command()
+def restore(
+    source: Annotated[str, typer.Argument(help="where `sparseline backup` wrote")],
+    backup_id: Annotated[str, typer.Option("--backup", help="id of the backup; default: the newest")] = "",
+    runs: Annotated[Path, RUNS] = Path("runs"),
+    store: Annotated[str, typer.Option(help="the store of the runs, as in `sparseline run`")] = "",
+    database: Annotated[str, DATABASE] = "",
+    files: Annotated[Path | None, FILES] = None,
+    endpoint: Annotated[str, ENDPOINT] = "",
+    namespace: Annotated[str, NAMESPACE] = "",
+) -> None:
+    """Fill an empty MLflow, the store and the schedules from a backup; nothing is overwritten."""
+    from pipelines.backup import restore as restore_backup
+
+    restore_backup(_places(runs, store, database, files, endpoint, namespace), source, backup_id, Console())
+
+
+def _places(runs: Path, store: str, database: str, files: Path | None, endpoint: str, namespace: str) -> Any:
+    from pipelines.backup import Places
+    from pipelines.run import local_settings
+
+    own = runs.resolve()
+    return Places(
+        local_settings(runs, store),
+        database or f"sqlite:///{own / 'mlflow.db'}",
+        files or (None if database else own / "mlflow-artifacts"),
+        endpoint,
+        namespace,
+    )
 
 
 @app.command()

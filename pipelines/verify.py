@@ -21,7 +21,7 @@ from components.runtime import artifacts, errors
 from components.runtime.contracts import GateVerdict, Manifest, Pointer
 from components.runtime.errors import InputError
 from components.runtime.object_store import ObjectStore, key_of
-from components.runtime.registry import Registry
+from components.runtime.registry import ModelVersion, Registry
 from components.runtime.settings import Settings
 from components.runtime.task_set import read_long_tasks, read_tasks
 from pipelines.display import marked_table
@@ -30,23 +30,40 @@ from pipelines.run import only_run, open_or_embed
 EXIT_UNVERIFIED = errors.EXIT_REJECTED
 
 
-def verify(settings: Settings, model: str, *, sample: int, seed: int, console: Console) -> int:
+def verify(settings: Settings, model: str, *, sample: int, seed: int, console: Console, digest: str = "") -> int:
     """Verify `model` (an alias, a version number or a models:/ URI) and print the checks. Returns the exit code.
 
-    Raises InputError when there is no such model, the gate never decided on it, or an artifact is missing.
+    `digest`: the sha256 that the checkpoint's manifest must have; empty: any. Raises InputError when there is no such
+    model, the gate never decided on it, or an artifact is missing.
     """
+    version, checks = verified(settings, model, sample=sample, seed=seed, console=console)
+    if digest:
+        found = version.pointer.sha256
+        detail = f"asked for {digest[:12]}, the registry's version {version.version} is {found[:12]}"
+        checks.insert(0, Check("digest", digest == found, detail))
+    return 0 if show(checks, console) else EXIT_UNVERIFIED
+
+
+def verified(
+    settings: Settings, model: str, *, sample: int, seed: int, console: Console
+) -> tuple[ModelVersion, list[Check]]:
+    """The version behind `model` and the checks on everything behind its checkpoint. Raises InputError as `verify`."""
     if not (settings.runs / "mlflow.db").is_file() and settings.tracking_uri.startswith("sqlite:///"):
         raise InputError(f"{settings.runs} holds no registry; run `sparseline run` first, or give --runs")
     registry = Registry(settings)
     version = registry.resolve(registry.uri(model))
     with only_run(settings.runs), open_or_embed(settings) as (_, store):
         console.print(f"{version.name} version {version.version}, checkpoint {version.pointer.uri}", soft_wrap=True)
-        checks = list(checks_of(store, version.pointer, sample=sample, seed=seed))
+        return version, list(checks_of(store, version.pointer, sample=sample, seed=seed))
+
+
+def show(checks: list[Check], console: Console) -> bool:
+    """Print the checks; whether all of them hold."""
     rows = [("ok" if found.holds else "FAILS", found.name, found.detail) for found in checks]
     console.print(marked_table("check", "numbers", rows))
     failed = [found.name for found in checks if not found.holds]
     console.print(f"does not verify: {', '.join(failed)}" if failed else "everything verifies", soft_wrap=True)
-    return EXIT_UNVERIFIED if failed else 0
+    return not failed
 
 
 def decision(store: ObjectStore, checkpoint: Pointer) -> Pointer:

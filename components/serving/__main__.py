@@ -33,6 +33,7 @@ def serve(arguments: list[str]) -> None:
     """Load the checkpoint, listen, serve until SIGTERM or Ctrl-C. Raises InputError for what the user can repair."""
     parser = argparse.ArgumentParser(prog="python -m components.serving", description="OpenAI-compatible server.")
     parser.add_argument("--model", required=True, help="checkpoint directory, or models:/NAME@ALIAS")
+    parser.add_argument("--digest", default="", help="sha256 that the checkpoint's manifest must have")
     parser.add_argument("--served-model-name", help="name that clients use (default: the model's own)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 in a container")
     parser.add_argument("--port", type=int, default=8080, help="0: a free one, printed when ready")
@@ -46,7 +47,7 @@ def serve(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     # a busy port is found before a large checkpoint is read
     listener = listen(options.host, options.port)
-    directory, name, fingerprint = locate(options.model, Settings.read())
+    directory, name, fingerprint = locate(options.model, Settings.read(), options.digest)
     served = load(directory, name, fingerprint, dtype=DTYPES[options.dtype], device=options.device)
     served = replace(served, name=options.served_model_name or name)
     limits = Limits(options.max_sequences, options.max_sequence_tokens, options.max_waiting)

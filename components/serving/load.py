@@ -29,21 +29,32 @@ class Served:
     fingerprint: str
 
 
-def locate(model: str, settings: Settings) -> tuple[Path, str, str]:
+def locate(model: str, settings: Settings, digest: str = "") -> tuple[Path, str, str]:
     """Local directory, served name and fingerprint of `model`: a directory, or models:/NAME@ALIAS in the registry.
 
-    Raises InputError when there is no such checkpoint, or the copy that the store gives is damaged.
+    `digest`: the sha256 that its manifest must have; empty: any. Raises InputError when there is no such checkpoint, it
+    is another than `digest` names, or the copy that the store gives is damaged.
     """
     if model.startswith(SCHEME):
         version = Registry(settings).resolve(model)
+        if digest and digest != version.pointer.sha256:
+            raise InputError(
+                f"{model} is the checkpoint {version.pointer.sha256[:12]} ({version.pointer.uri}), but {digest[:12]} "
+                "was asked for: the registry is not the one that the release was made from, or was changed since; "
+                "`sparseline release` writes version and digest together"
+            )
         directory = artifacts.fetch(settings.open_store(), version.pointer, settings.runs / "served")
         return directory, version.name, version.pointer.sha256[:12]
     directory = Path(model).expanduser()
     if not directory.is_dir():
         raise InputError(f"{model!r} is no directory; give a checkpoint's folder or models:/NAME@champion")
     told = [path for name in (artifacts.MANIFEST, "config.json") if (path := directory / name).is_file()]
-    fingerprint = artifacts.file_sha256(told[0])[:12] if told else ""
-    return directory, directory.resolve().name, fingerprint
+    found = artifacts.file_sha256(told[0]) if told else ""
+    if digest and digest != found:
+        raise InputError(
+            f"{directory} is the checkpoint {found[:12] or 'of no manifest'}, but {digest[:12]} was asked for"
+        )
+    return directory, directory.resolve().name, found[:12]
 
 
 def load(directory: Path, name: str, fingerprint: str, *, dtype: torch.dtype, device: str) -> Served:

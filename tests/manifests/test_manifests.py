@@ -115,6 +115,56 @@ def test_production_serves_a_pinned_version():
     assert f"--model=models:/sparseline-nano/{version}" in server["spec"]["template"]["spec"]["containers"][0]["args"]
 
 
+def test_a_backup_runs_beside_mlflow_with_credentials_of_its_own():
+    found = rendered("--values", CHART / "ci/postgresql.yaml")
+    (job,) = [one for one in found if one["kind"] == "CronJob"]
+    assert job["spec"]["concurrencyPolicy"] == "Forbid"
+    pod = job["spec"]["jobTemplate"]["spec"]["template"]["spec"]
+    assert "affinity" not in pod  # its volume can be read from any node
+    variables = {one["name"]: one for one in pod["containers"][0]["env"]}
+    assert variables["SPARSELINE_DATABASE"]["valueFrom"]["secretKeyRef"]["name"] == "mlflow-database"
+    assert variables["SPARSELINE_BACKUP_ACCESS_KEY_ID"]["valueFrom"]["secretKeyRef"]["name"] == "backup-store"
+    (policy,) = [one for one in found if one["kind"] == "NetworkPolicy" and one["metadata"]["name"].endswith("-backup")]
+    assert [port["port"] for rule in policy["spec"]["egress"] for port in rule["ports"]] == [9443, 8888, 53, 53]
+    (job,) = [one for one in rendered("--values", CHART / "ci/seaweedfs.yaml") if one["kind"] == "CronJob"]
+    pod = job["spec"]["jobTemplate"]["spec"]["template"]["spec"]
+    (term,) = pod["affinity"]["podAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    assert term["labelSelector"]["matchLabels"]["app.kubernetes.io/component"] == "mlflow"
+    assert {"name": "SPARSELINE_DATABASE", "value": "sqlite:////data/mlflow.db"} in pod["containers"][0]["env"]
+
+
+WAVE = "argocd.argoproj.io/sync-wave"
+
+
+def test_a_pinned_version_is_verified_before_it_is_served():
+    digest = "0123456789abcdef" * 4
+    found = {
+        (one["kind"], one["metadata"]["name"]): one for one in overlay("prod", "--set", f"serving.digest={digest}")
+    }
+    job, server = found["Job", "sparseline-serving-verify"], found["Deployment", "sparseline-serving"]
+    waves = {name: int(one["metadata"].get("annotations", {}).get(WAVE, 0)) for name, one in found.items()}
+    # A failed hook ends the sync before the waves behind it: the server is not touched.
+    assert job["metadata"]["annotations"]["argocd.argoproj.io/hook"] == "Sync"
+    before = waves["Deployment", "sparseline-mlflow"], waves["Job", "sparseline-serving-verify"]
+    assert before[0] < before[1] < waves["Deployment", "sparseline-serving"]
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    assert container["args"] == ["1", "--name=sparseline-nano", "--sample=32", f"--digest={digest}"]
+    assert f"--digest={digest}" in server["spec"]["template"]["spec"]["containers"][0]["args"]
+    component = job["spec"]["template"]["metadata"]["labels"]["app.kubernetes.io/component"]
+    selected = [
+        expression["values"]
+        for (kind, _), one in found.items()
+        if kind == "NetworkPolicy"
+        for expression in one["spec"]["podSelector"].get("matchExpressions", [])
+    ]
+    assert any(component in values for values in selected)
+
+
+@pytest.mark.parametrize("without", ["serving.version=champion", "serving.verify.enabled=false"])
+def test_what_is_not_pinned_or_not_wanted_is_not_verified(without):
+    assert not [one for one in overlay("prod", "--set", without) if one["metadata"]["name"].endswith("-serving-verify")]
+
+
 @pytest.mark.parametrize("folder", KUSTOMIZATIONS)
 def test_a_kustomization_is_valid_and_safe(folder):
     found = build(folder)
@@ -242,6 +292,7 @@ BAD_VALUES = {
     "a wrong type": (["--set-string", "serving.replicas=two"], "replicas"),
     "an unknown store": (["--set", "objectStore.kind=gcs"], "kind"),
     "a digest that is none": (["--set", "image.digest=sha256:abc"], "digest"),
+    "a checkpoint's digest that is none": (["--set", "serving.digest=latest"], "digest"),
     "no secret of the store": ([*SERVED, "--set", "objectStore.existingSecret="], "kubectl create secret"),
     "no address of the store": (["--set", "objectStore.endpoint="], "needs objectStore.endpoint"),
     "no database secret": (["--set", "mlflow.database.kind=postgresql"], "needs mlflow.database.existingSecret"),
@@ -250,6 +301,8 @@ BAD_VALUES = {
         ["--set", "objectStore.kind=minio,objectStore.endpoint="],
         "objectStore.image.repository",
     ),
+    "a backup without a place": (["--set", "backup.enabled=true"], "needs backup.destination"),
+    "a backup into a folder": (["--set", "backup.enabled=true,backup.destination=/backups"], "destination"),
     "no MLflow at all": (["--set", "mlflow.enabled=false"], "give mlflow.externalUri"),
     "an ingress without TLS": (
         ["--set", "mlflow.ingress.enabled=true,mlflow.ingress.host=a.example.com"],

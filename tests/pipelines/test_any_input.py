@@ -116,6 +116,9 @@ COMMANDS = {
     ("schedule", "remove"): ["nightly", "--endpoint", "CLOSED"],
     ("serve",): ["--runs", RUNS],
     ("verify",): ["champion", "--runs", RUNS],
+    ("release",): ["values.yaml", "--runs", RUNS],
+    ("backup",): ["OUTPUT", "--runs", RUNS],
+    ("restore",): ["OUTPUT", "--runs", RUNS],
     ("replay",): ["latest", "1", "--runs", RUNS],
     ("doctor",): [],
     ("drill",): ["--profile", "nothing", "--output", "OUTPUT"],
@@ -126,7 +129,7 @@ COMMANDS = {
     ("gc",): ["--runs", RUNS],
     ("ui",): ["--runs", RUNS],
 }
-FLAGS = {"--upload", "--wait", "--champion", "--cache", "--cluster", "--delete", "--all", "--help"}
+FLAGS = {"--commit", "--upload", "--wait", "--champion", "--cache", "--cluster", "--delete", "--all", "--help"}
 # a folder or file of any name would be made there, or a server be looked for at any address
 ELSEWHERE = {"--runs", "--output", "--store", "--endpoint", "--host"}
 

@@ -18,6 +18,9 @@ containers:
     command: [python, -m, components.serving]
     args:
       - --model=models:/{{ $serving.model }}{{ ternary (printf "/%s" $version) (printf "@%s" $version) (regexMatch "^[0-9]+$" $version) }}
+      {{- with $serving.digest }}
+      - --digest={{ . }}
+      {{- end }}
       - --host=0.0.0.0
       - --port=8080
       - --dtype={{ $serving.dtype }}
