@@ -227,6 +227,10 @@ def test_the_command_says_0_or_3_and_refuses_what_is_not_there(evidence: Evidenc
     assert verify(settings, CHAMPION, sample=2, seed=0, console=console) == 0
     assert verify(settings, version.version, sample=2, seed=0, console=console) == 0
     assert "everything verifies" in console.export_text()
+    sha256 = evidence.candidate.sha256
+    assert verify(settings, CHAMPION, sample=2, seed=0, console=console, digest=sha256) == 0
+    assert verify(settings, CHAMPION, sample=2, seed=0, console=console, digest="0" * 64) == 3
+    assert "does not verify: digest" in console.export_text()
     with pytest.raises(InputError, match="no alias 'previous'"):
         verify(settings, "previous", sample=2, seed=0, console=console)
     registry.promote(evidence.stage.pointers["none"])
