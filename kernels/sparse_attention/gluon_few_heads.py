@@ -55,7 +55,7 @@ PEAKS = gl.constexpr(
     )
 )
 RING = gl.constexpr(3)  # blocks of keys
-# the companion carries words of two values, in the layouts of WIDE and NARROW: single values would take a register each
+# queries on their way, in whole rows and (rope) as in NARROW, are words of two values: single ones take a register each
 WIDE_WORDS = gl.constexpr(gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0]))
 NARROW_WORDS = gl.constexpr(gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0]))
 WORDS_IN_MEMORY = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2))
@@ -68,9 +68,9 @@ def _token(tile, which: gl.constexpr, together, tokens, span_ptr):
     token = tile * together + which
     present = (which < together) & (token < tokens)
     token = gl.minimum(token, tokens - 1).to(gl.int64)
-    span = gl.load(span_ptr + 2 * token)
+    span = gl.load(span_ptr + 3 * token)
     blocks = (gl.maximum(span, -1 - span) + 63) // 64
-    return gl.where(present, blocks, 0), span, gl.load(span_ptr + 2 * token + 1)
+    return gl.where(present, blocks, 0), span, gl.load(span_ptr + 3 * token + 1)
 
 
 @gluon.jit
@@ -155,19 +155,6 @@ def _gatherer(memory, barriers, kv_ptr, key_rows, kv_stride, walk, KEYS: gl.cons
 
 
 @gluon.jit
-def _rope_of(sought, kv_ptr, key_rows, kv_stride, HAS_REST: gl.constexpr):
-    """(rope columns of a block that was sought, whether there is one, block, token)."""
-    index_N, live, stand_in, block, token = sought
-    rope = gl.zeros([64, 32], gl.int32, NARROW_WORDS)
-    if HAS_REST:
-        row_N = _key_rows(kv_ptr, index_N, stand_in, key_rows, kv_stride)
-        column_D = 256 + gl.arange(0, 32, gl.SliceLayout(0, NARROW_WORDS))
-        word_N = row_N.to(gl.pointer_type(gl.int32))
-        rope = gl.load(gl.expand_dims(word_N, 1) + gl.expand_dims(column_D, 0), mask=live, other=0)
-    return rope, live, block, token
-
-
-@gluon.jit
 def _load_words(rows_M, column: gl.constexpr, WIDTH: gl.constexpr, layout: gl.constexpr):
     column_D = column + gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
     return gl.load(gl.expand_dims(rows_M.to(gl.pointer_type(gl.int32)), 1) + gl.expand_dims(column_D, 0))
@@ -180,13 +167,13 @@ def _store_words(destination, words):
 
 @gluon.jit
 def _bring(
-    memory, barriers, found, turn, parts, q_ptr, q_stride_t, q_stride_h, HEADS: gl.constexpr, HAS_REST: gl.constexpr,
-    PART: gl.constexpr,
+    memory, barriers, sought, turn, parts, q_ptr, kv_ptr, key_rows, q_stride_t, q_stride_h, kv_stride,
+    HEADS: gl.constexpr, HAS_REST: gl.constexpr, PART: gl.constexpr,
 ):  # fmt: skip
     """The rope columns of a block, and the queries where its token's turn starts."""
     q, q_rest, _, rest = memory
     q_ready, q_free, _, _, rest_ready, rest_free, _, _, _, _, _, _ = barriers
-    rope, _live, block, token = found
+    index_N, _live, stand_in, block, token = sought
     if block % PART == 0:
         q_row = q_ptr + token.to(gl.int64) * q_stride_t
         head_M = gl.minimum(gl.arange(0, 16, gl.SliceLayout(1, WIDE_WORDS)), HEADS - 1)
@@ -202,10 +189,10 @@ def _bring(
         _arrive(q_ready)
         parts += 1
     if HAS_REST:
+        row_N = _key_rows(kv_ptr, index_N, stand_in, key_rows, kv_stride)
         mbarrier.wait(rest_free, (turn & 1) ^ 1)
-        _store_words(rest.index(0), rope)
-        fence_async_shared()
-        _arrive(rest_ready.index(block & 1))
+        _gather(rest.index(0), row_N, 512, 64, NARROW)
+        async_copy.mbarrier_arrive(rest_ready.index(block & 1), increment_count=False)
     return parts
 
 
@@ -214,30 +201,28 @@ def _companion(
     memory, barriers, q_ptr, kv_ptr, key_rows, q_stride_t, q_stride_h, kv_stride, walk, KEYS: gl.constexpr,
     HEADS: gl.constexpr, HAS_REST: gl.constexpr, PART: gl.constexpr,
 ):  # fmt: skip
-    """There is memory for the rope columns of one block only: those of two more travel to registers, and the indices of
-    another two. They take turns as `even` and `odd`: moving the one into the other would wait for it."""
+    """There is memory for the rope columns of one block only. The indices of the next two travel meanwhile, and take
+    turns as `even` and `odd`: moving the one into the other would wait for it."""
     cursor = _enter(gl.program_id(0), walk, PART)
-    even_sought = _seek(cursor, walk, KEYS, NARROW_WORDS)
+    even = _seek(cursor, walk, KEYS, NARROW)
     cursor = _advance(cursor, walk, PART)
-    odd_sought = _seek(cursor, walk, KEYS, NARROW_WORDS)
-    cursor = _advance(cursor, walk, PART)
-    even = _rope_of(even_sought, kv_ptr, key_rows, kv_stride, HAS_REST)
-    even_sought = _seek(cursor, walk, KEYS, NARROW_WORDS)
-    cursor = _advance(cursor, walk, PART)
-    odd = _rope_of(odd_sought, kv_ptr, key_rows, kv_stride, HAS_REST)
-    odd_sought = _seek(cursor, walk, KEYS, NARROW_WORDS)
+    odd = _seek(cursor, walk, KEYS, NARROW)
     cursor = _advance(cursor, walk, PART)
     turn = 0
     parts = 0
     while even[1]:
-        parts = _bring(memory, barriers, even, turn, parts, q_ptr, q_stride_t, q_stride_h, HEADS, HAS_REST, PART)
-        even = _rope_of(even_sought, kv_ptr, key_rows, kv_stride, HAS_REST)
-        even_sought = _seek(cursor, walk, KEYS, NARROW_WORDS)
+        parts = _bring(
+            memory, barriers, even, turn, parts, q_ptr, kv_ptr, key_rows, q_stride_t, q_stride_h, kv_stride, HEADS,
+            HAS_REST, PART,
+        )  # fmt: skip
+        even = _seek(cursor, walk, KEYS, NARROW)
         cursor = _advance(cursor, walk, PART)
         if odd[1]:
-            parts = _bring(memory, barriers, odd, turn + 1, parts, q_ptr, q_stride_t, q_stride_h, HEADS, HAS_REST, PART)
-            odd = _rope_of(odd_sought, kv_ptr, key_rows, kv_stride, HAS_REST)
-            odd_sought = _seek(cursor, walk, KEYS, NARROW_WORDS)
+            parts = _bring(
+                memory, barriers, odd, turn + 1, parts, q_ptr, kv_ptr, key_rows, q_stride_t, q_stride_h, kv_stride,
+                HEADS, HAS_REST, PART,
+            )  # fmt: skip
+            odd = _seek(cursor, walk, KEYS, NARROW)
             cursor = _advance(cursor, walk, PART)
         turn += 2
 
@@ -256,6 +241,7 @@ def _multiply(memory, barriers, turn, count, nought, HAS_REST: gl.constexpr, W: 
     score_NM = warpgroup_mma(keys.index(slot), q.index(zero).permute((1, 0)), nothing, use_acc=False, is_async=True)
     if HAS_REST:
         mbarrier.wait(rest_ready.index(W), count & 1)
+        fence_async_shared()
         score_NM = warpgroup_mma(rest.index(zero), q_rest.index(zero).permute((1, 0)), score_NM, is_async=True)
     return score_NM
 
@@ -529,7 +515,7 @@ def sparse_attention_few_heads_kernel(
         mbarrier.init(ready.index(i), count=128)
         mbarrier.init(free.index(i), count=1)
     for i in gl.static_range(2):
-        mbarrier.init(rest_ready.index(i), count=1)
+        mbarrier.init(rest_ready.index(i), count=128)
         mbarrier.init(p_ready.index(i), count=1)
         mbarrier.init(p_free.index(i), count=1)
     fence_async_shared()
@@ -582,9 +568,9 @@ def sparse_attention(
     (tokens, heads, dim), keys = q_THD.shape, indices_TK.shape[1]
     out_THV = q_THD.new_empty(tokens, heads, 512)
     lse_TH = q_THD.new_empty(tokens, heads, dtype=torch.float32)
-    span_T2 = torch.empty(tokens, 2, dtype=torch.int32, device=q_THD.device)
+    span_T3 = torch.empty(tokens, 3, dtype=torch.int32, device=q_THD.device)
     span_kernel[(tokens,)](
-        indices_TK, span_T2, kv_SD.shape[0], indices_TK.stride(0), KEYS=keys, KEYS_PADDED=triton.next_power_of_2(keys)
+        indices_TK, span_T3, kv_SD.shape[0], indices_TK.stride(0), KEYS=keys, KEYS_PADDED=triton.next_power_of_2(keys)
     )
     programs = processors(q_THD.device)
     together = together or (2 if tokens >= 2 * programs else 1)
@@ -593,7 +579,7 @@ def sparse_attention(
         q_THD,
         kv_SD,
         indices_TK,
-        span_T2,
+        span_T3,
         sink_H,
         out_THV,
         lse_TH,

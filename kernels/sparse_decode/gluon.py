@@ -18,16 +18,13 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from kernels.launch import processors
 from kernels.sparse_attention.gluon import (
-    HALF,
-    NARROW,
     PRODUCER_WARPS,
-    WIDE,
     _allocate,
-    _arrive,
     _block_indices,
     _consumer,
-    _gather,
+    _load_queries,
     span_kernel,
+    thread_barrier,
 )
 
 TILE = gl.constexpr(32)  # words of four values that share a scale
@@ -89,11 +86,19 @@ def _as_bf16(words, scale_N):
 
 
 @gluon.jit
-def _store(destination, tile, SIDE: gl.constexpr):
-    """A tile into the left or right side of a half."""
+def _store(destination, tile):
+    """A tile into a quarter."""
     words, scale_N = tile
-    place = destination._reinterpret(gl.int32, [64, 4 * TILE], WIDE_WORDS)
-    place.slice(SIDE * 2 * TILE, 2 * TILE, dim=1).store(_as_bf16(words, scale_N))
+    destination._reinterpret(gl.int32, [64, 2 * TILE], WIDE_WORDS).store(_as_bf16(words, scale_N))
+
+
+@gluon.jit
+def _announce(left, right):
+    """Two quarters that all warps have stored."""
+    fence_async_shared()
+    thread_barrier()
+    mbarrier.arrive(left, count=1)
+    mbarrier.arrive(right, count=1)
 
 
 @gluon.jit
@@ -107,27 +112,21 @@ def _producer(
     memory, barriers, q_ptr, word_ptr, scale_ptr, indices_ptr, span_ptr, tiles, key_rows, q_stride_t,
     q_stride_h, indices_stride, KEYS: gl.constexpr, ROW_BLOCKS: gl.constexpr,
 ):  # fmt: skip
-    q, q_rest, own, other, rest = memory
-    q_ready, q_free, own_ready, own_free, other_ready, other_free, _, _ = barriers
+    q, q_rest, keys, rest = memory
+    q_ready, q_free, ready, free, _, _ = barriers
     pairs_done = 0
     tiles_done = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         token = (tile // ROW_BLOCKS).to(gl.int64)
-        head = (tile % ROW_BLOCKS) * 64
         row_indices = indices_ptr + token * indices_stride
-        span = gl.load(span_ptr + 2 * token)
+        span = gl.load(span_ptr + 3 * token)
         pairs = (gl.maximum(span, -1 - span) + 127) // 128
-        stand_in = gl.load(span_ptr + 2 * token + 1)
+        stand_in = gl.load(span_ptr + 3 * token + 1)
         row_N = _rows(_block_indices(row_indices, 0, KEYS, WORDS), stand_in, key_rows)
         index_N = _block_indices(row_indices, 64, KEYS, WORDS)
 
         mbarrier.wait(q_free, (tiles_done & 1) ^ 1)
-        q_row = q_ptr + token * q_stride_t
-        head_M = head + gl.arange(0, 64, gl.SliceLayout(1, WIDE))
-        _gather(q.index(0), q_row + head_M * q_stride_h, 0, HALF, WIDE)
-        _gather(q.index(1), q_row + head_M * q_stride_h, HALF, HALF, WIDE)
-        head_M = head + gl.arange(0, 64, gl.SliceLayout(1, NARROW))
-        _gather(q_rest.index(0), q_row + head_M * q_stride_h, 2 * HALF, 64, NARROW)
+        _load_queries(q, q_rest, q_ptr, tile, q_stride_t, q_stride_h, ROW_BLOCKS, True)
         async_copy.mbarrier_arrive(q_ready, increment_count=False)
 
         # a token without rows has row 0 as its stand-in: the loads before the loop are in range for every token
@@ -135,27 +134,28 @@ def _producer(
         own_right = _load(word_ptr, scale_ptr, row_N, 1)
         other_left = _load(word_ptr, scale_ptr, row_N, 2)
         for pair in range(pairs):
-            free = (pairs_done & 1) ^ 1
+            phase = (pairs_done & 1) ^ 1
             for block in gl.static_range(2):
-                mbarrier.wait(own_free.index(block), free)
-                _store(own.index(block), own_left, 0)
+                # the quarters in the values of the group that scores the block: 6 * block and the next
+                mbarrier.wait(free.index(6 * block), phase)
+                mbarrier.wait(free.index(6 * block + 1), phase)
+                _store(keys.index(6 * block), own_left)
                 other_right = _load(word_ptr, scale_ptr, row_N, 3 - 2 * block)
-                _store(own.index(block), own_right, 1)
+                _store(keys.index(6 * block + 1), own_right)
                 rope = _load_rope(word_ptr, row_N)
-                fence_async_shared()
-                _arrive(own_ready.index(block))
+                _announce(ready.index(6 * block), ready.index(6 * block + 1))
                 # the halves of the next block are the other way round
                 row_N = _rows(index_N, stand_in, key_rows)
                 index_N = _block_indices(row_indices, pair * 128 + block * 64 + 128, KEYS, WORDS)
-                mbarrier.wait(other_free.index(block), free)
-                _store(other.index(block), other_left, 0)
+                mbarrier.wait(free.index(2 * block + 2), phase)
+                mbarrier.wait(free.index(2 * block + 3), phase)
+                _store(keys.index(2 * block + 2), other_left)
                 own_left = _load(word_ptr, scale_ptr, row_N, 2 - 2 * block)
-                _store(other.index(block), other_right, 1)
+                _store(keys.index(2 * block + 3), other_right)
                 own_right = _load(word_ptr, scale_ptr, row_N, 3 - 2 * block)
                 rest.index(block)._reinterpret(gl.int32, [64, 32], WIDE_WORDS).store(rope)
                 other_left = _load(word_ptr, scale_ptr, row_N, 2 * block)
-                fence_async_shared()
-                _arrive(other_ready.index(block))
+                _announce(ready.index(2 * block + 2), ready.index(2 * block + 3))
             pairs_done += 1
         tiles_done += 1  # noqa: SIM113
 
@@ -198,9 +198,9 @@ def sparse_decode_fp8(
     (tokens, heads, _), keys = q_THD.shape, rows_TK.shape[1]
     out_THV = q_THD.new_empty(tokens, heads, 512)
     lse_TH = q_THD.new_empty(tokens, heads, dtype=torch.float32)
-    span_T2 = torch.empty(tokens, 2, dtype=torch.int32, device=q_THD.device)
+    span_T3 = torch.empty(tokens, 3, dtype=torch.int32, device=q_THD.device)
     span_kernel[(tokens,)](
-        rows_TK, span_T2, cache_RB.shape[0], rows_TK.stride(0), KEYS=keys, KEYS_PADDED=triton.next_power_of_2(keys)
+        rows_TK, span_T3, cache_RB.shape[0], rows_TK.stride(0), KEYS=keys, KEYS_PADDED=triton.next_power_of_2(keys)
     )
     tiles = tokens * (heads // 64)
     sparse_decode_hopper_kernel[(min(tiles, processors(q_THD.device)),)](
@@ -208,7 +208,7 @@ def sparse_decode_fp8(
         cache_RB.view(torch.int32),
         cache_RB.view(torch.float32),
         rows_TK,
-        span_T2,
+        span_T3,
         sink_H,
         out_THV,
         lse_TH,
