@@ -181,29 +181,33 @@ def _either(a, b):
     return b
 
 
+def _chain() -> str:
+    """Assembly: the 16 values that a thread has of a query in each of rows r and r + 8 (by turns of two), ReLU, times
+    their weights, added up one after the other."""
+    lines = [".reg .f32 value, sum0, sum2;"]
+    for i in range(32):
+        total = f"sum{i & 2}"
+        lines.append(f"max.f32 value, ${32 + i}, 0f00000000;")
+        if i in (0, 2):
+            lines.append(f"mul.rn.f32 {total}, value, ${64 + i};")
+        else:
+            lines.append(f"fma.rn.f32 {total}, value, ${64 + i}, {total};")
+    lines += [f"mov.f32 ${i}, sum{i & 2};" for i in range(32)]
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+CHAIN = gl.constexpr(_chain())
+CHAINED = gl.constexpr(",".join(["=&f"] * 32 + ["f"] * 64))
+
+
 @gluon.jit
 def _parts(product_MN, weight_N):
     """[keys, queries, lanes]: each lane's share of the sum over heads. By hand, since the compiler chooses for each
     element anew which of two products it rounds before they are added: equal keys would get different scores."""
-    pairs_MN = gl.inline_asm_elementwise(
-        """
-        {
-        .reg .f32 left, right;
-        max.f32 left, $2, 0f00000000;
-        max.f32 right, $3, 0f00000000;
-        mul.rn.f32 left, left, $4;
-        fma.rn.f32 left, right, $5, left;
-        mov.f32 $0, left;
-        mov.f32 $1, left;
-        }
-        """,
-        "=f,=f,f,f,f,f",
-        [product_MN, gl.expand_dims(weight_N, 0)],
-        dtype=gl.float32,
-        is_pure=True,
-        pack=2,
+    sums_MN = gl.inline_asm_elementwise(
+        CHAIN, CHAINED, [product_MN, gl.expand_dims(weight_N, 0)], dtype=gl.float32, is_pure=True, pack=32
     )
-    return gl.sum(gl.reduce(gl.reshape(pairs_MN, [64, B, 8, 4, 2]), 4, _either), 2)
+    return gl.reduce(gl.reduce(gl.reshape(sums_MN, [64, B, 8, 4, 2]), 4, _either), 2, _either)
 
 
 @gluon.jit
