@@ -86,9 +86,10 @@ def release(
         return 0
     made = pushed(place, branch, base, text, message, author)
     if made is None:
-        console.print(f"the branch {branch} of {place.repository} holds this already", soft_wrap=True)
+        console.print(f"the branch {branch} of {shown(place.repository)} holds this already", soft_wrap=True)
     else:
-        console.print(f"{made[:12]} on the branch {branch} of {place.repository}: merge it to serve", soft_wrap=True)
+        told = f"{made[:12]} on the branch {branch} of {shown(place.repository)}: merge it to serve"
+        console.print(told, soft_wrap=True)
     return 0
 
 

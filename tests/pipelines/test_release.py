@@ -163,6 +163,12 @@ def test_what_is_not_there_is_named(repository: Path, tmp_path: Path) -> None:
             fetched(place, BRANCH)
 
 
+def test_an_address_is_told_without_its_password() -> None:
+    with pytest.raises(InputError, match=r"http://robot:\*\*\*@127.0.0.1:9/x.git cannot be read") as told:
+        fetched(Place("http://robot:s3cret@127.0.0.1:9/x.git", "main", VALUES), BRANCH)
+    assert "s3cret" not in str(told.value)
+
+
 def test_a_server_that_never_answers_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipelines.release.TIMEOUT_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(InputError, match="cannot be read"):
