@@ -110,17 +110,25 @@ def submit(
     version: Annotated[str, VERSION] = "",
     upload: Annotated[bool, UPLOAD] = True,
     wait: Annotated[bool, typer.Option(help="wait for the end and show what happens")] = True,
+    rehearse: Annotated[
+        bool | None,
+        typer.Option(
+            "--rehearse/--no-rehearse",
+            help="first the same tasks at micro size; default: where this training has never succeeded on the server",
+        ),
+    ] = None,
     endpoint: Annotated[str, ENDPOINT] = "",
     namespace: Annotated[str, NAMESPACE] = "",
     service_account: Annotated[str, ACCOUNT] = "",
 ) -> None:
-    """Run a pipeline on Kubeflow Pipelines."""
+    """Run a pipeline on Kubeflow Pipelines, after a rehearsal at micro size and a forecast of the GPU hours."""
     from pipelines.submit import SubmitOptions
     from pipelines.submit import submit as submit_run
 
     options = SubmitOptions(
-        pipeline, profile, seed, occasion, model, champion, version, upload, wait, endpoint, namespace, service_account
-    )
+        pipeline, profile, seed, occasion, model, champion, version, upload, wait, endpoint, namespace, service_account,
+        rehearse,
+    )  # fmt: skip
     raise typer.Exit(submit_run(options, Console()))
 
 

@@ -132,9 +132,9 @@ def without_versions(text: str) -> str:
     return re.sub(r"(?m)^(\s*)sdkVersion: .*\n", "", text)
 
 
-def pipeline_name(pipeline: Pipeline, profile: str) -> str:
+def pipeline_name(pipeline: Pipeline, profile: str, *, rehearsal: bool = False) -> str:
     """The name of a pipeline in KFP."""
-    return f"{catalogue.PREFIX}{pipeline.name}-{profile}"
+    return f"{catalogue.PREFIX}{pipeline.name}-{profile}" + ("-rehearsal" if rehearsal else "")
 
 
 def version_name(name: str, compiled: Path) -> str:
@@ -148,14 +148,16 @@ def display_name(name: str) -> str:
     return f"Sparseline {pipeline}, {profile}"
 
 
-def compile_profile(pipeline: Pipeline, profile: str, directory: Path) -> None:
-    """Write one pipeline with one profile into `directory`."""
+def compile_profile(pipeline: Pipeline, profile: str, directory: Path, *, rehearsal: bool = False) -> None:
+    """Write one pipeline with one profile, or with its rehearsal, into `directory`."""
     loaded = profiles.load(profile)
+    if rehearsal:
+        loaded = profiles.rehearsal(loaded)
     configurations = profiles.resolve(loaded)
     # On a cluster the image is the code.
     baked = {name: {"config": json.dumps(configurations[name], sort_keys=True), "code": IMAGE} for name in STAGES}
     function = pipeline.function(configurations, baked, prepare(task_resources(loaded.cluster), loaded.model))
-    name = pipeline_name(pipeline, profile)
+    name = pipeline_name(pipeline, profile, rehearsal=rehearsal)
     directory.mkdir(parents=True, exist_ok=True)
     compiled = directory / "pipeline.yaml"
     compiler.Compiler().compile(function, str(compiled), pipeline_name=name)

@@ -141,7 +141,9 @@ def _called(one: Any, name: str) -> bool:
     return name in (getattr(one, "name", None), one.display_name)
 
 
-def compiled_version(pipeline: Pipeline, profile: str, folder: Path) -> tuple[str, str, Path]:
+def compiled_version(
+    pipeline: Pipeline, profile: str, folder: Path, *, rehearsal: bool = False
+) -> tuple[str, str, Path]:
     """The pipeline compiled from the sources: its name, its version's name, the file. Raises as `profiles.load`."""
     from pipelines import cluster
 
@@ -150,19 +152,27 @@ def compiled_version(pipeline: Pipeline, profile: str, folder: Path) -> tuple[st
             f"unknown profile {profile!r}; there are {', '.join(profiles.names())}. What a cluster runs stands in "
             "pipelines/profiles: put the file there (`sparseline profiles` lists them)"
         )
-    cluster.compile_profile(pipeline, profile, folder)
-    name = cluster.pipeline_name(pipeline, profile)
+    cluster.compile_profile(pipeline, profile, folder, rehearsal=rehearsal)
+    name = cluster.pipeline_name(pipeline, profile, rehearsal=rehearsal)
     return name, cluster.version_name(name, folder / "pipeline.yaml"), folder / "pipeline.yaml"
 
 
-def find_version(server: Server, pipeline: Pipeline, profile: str, *, wanted: str = "", upload: bool = True) -> Version:
+def find_version(
+    server: Server,
+    pipeline: Pipeline,
+    profile: str,
+    *,
+    wanted: str = "",
+    upload: bool = True,
+    rehearsal: bool = False,
+) -> Version:
     """The version on the server that is the pipeline as it is compiled from the sources; uploaded when it lacks.
 
     `wanted`: the name of another version. Raises InputError when the server has no such version and it is not to be
     uploaded.
     """
     with tempfile.TemporaryDirectory(prefix="sparseline-pipeline-") as folder:
-        name, version, path = compiled_version(pipeline, profile, Path(folder))
+        name, version, path = compiled_version(pipeline, profile, Path(folder), rehearsal=rehearsal)
         with requests_of("list its pipelines"):
             known = list(pages(server.client.list_pipelines, "pipelines", namespace=server.namespace or None))
         found = [one for one in known if _called(one, name)]

@@ -18,10 +18,12 @@ from components.runtime.registry import CHAMPION, Registry, mlflow_client
 from components.runtime.settings import Settings
 from pipelines import catalogue, profiles
 from pipelines.catalogue import Pipeline
-from pipelines.kfp_server import Server, connect, find_version, reason, requests_of
+from pipelines.forecast import forecast, succeeded
+from pipelines.kfp_server import Server, Version, connect, find_version, reason, requests_of
 from pipelines.stages import STAGES
 
 EXPERIMENT = "sparseline"
+REHEARSED = ("training", "synthesis")
 POLL_SECONDS = 5.0
 LOST_SECONDS = 600.0  # how long the server may be away while a run is watched
 ENDED = ("SUCCEEDED", "FAILED", "SKIPPED", "CANCELED")
@@ -29,7 +31,11 @@ ENDED = ("SUCCEEDED", "FAILED", "SKIPPED", "CANCELED")
 
 @dataclass
 class SubmitOptions:
-    """What the command line said. `champion`: whether a training is compared with the registered champion."""
+    """What the command line said.
+
+    champion: whether a training is compared with the registered champion. rehearse: whether the same tasks run at micro
+    size first; None: where a training of this profile has never succeeded on the server, micro itself apart.
+    """
 
     pipeline: str = "training"
     profile: str = "nano"
@@ -43,6 +49,7 @@ class SubmitOptions:
     endpoint: str = ""
     namespace: str = ""
     service_account: str = ""
+    rehearse: bool | None = None
 
 
 def submit(options: SubmitOptions, console: Console) -> int:
@@ -55,9 +62,54 @@ def submit(options: SubmitOptions, console: Console) -> int:
     arguments = arguments_of(pipeline, profile.model, options)
     server = connect(options.endpoint, options.namespace)
     version = find_version(server, pipeline, options.profile, wanted=options.version, upload=options.upload)
+    tell_version(version, console)
+    if to_rehearse(server, pipeline, options, version):
+        code = rehearse(server, pipeline, options, console)
+        if code:
+            return code
+    forecast(server, pipeline, profile, version.pipeline_id, console)
+    run_id = start(server, f"{pipeline.name} {options.profile}", version, arguments, options, console)
+    return follow(server, run_id, console) if options.wait else 0
+
+
+def to_rehearse(server: Server, pipeline: Pipeline, options: SubmitOptions, version: Version) -> bool:
+    """Whether the same tasks are to run at micro size first. Raises InputError where that cannot be."""
+    if options.rehearse is None:
+        first = pipeline.name == "training" and options.profile != "micro" and options.wait
+        return first and not succeeded(server, version.pipeline_id)
+    if options.rehearse and pipeline.name not in REHEARSED:
+        raise InputError(
+            f"--rehearse: {pipeline.name} starts from a registered model of its own size; rehearse the training"
+        )
+    if options.rehearse and not options.wait:
+        raise InputError("--rehearse waits for the rehearsal; leave --no-wait away")
+    return options.rehearse
+
+
+def rehearse(server: Server, pipeline: Pipeline, options: SubmitOptions, console: Console) -> int:
+    """The same tasks at micro size, with the same secrets, store, queue, nodes and account. Returns its exit code."""
+    version = find_version(server, pipeline, options.profile, upload=options.upload, rehearsal=True)
+    console.print("a rehearsal first, at micro size (--no-rehearse leaves it away)", soft_wrap=True)
+    tell_version(version, console)
+    own = profiles.rehearsal(profiles.load(options.profile)).model
+    arguments = arguments_of(pipeline, own, options)
+    run_id = start(server, f"rehearsal of {pipeline.name} {options.profile}", version, arguments, options, console)
+    code = follow(server, run_id, console)
+    if code:
+        console.print("the rehearsal did not come through, so the run was not started", style="red", soft_wrap=True)
+    return code
+
+
+def tell_version(version: Version, console: Console) -> None:
     told = f"version  {version.name}" + (", uploaded" if version.uploaded else "")
     console.print(told, highlight=False, markup=False, soft_wrap=True)
-    name = f"{pipeline.name} {options.profile} {time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime())}"
+
+
+def start(
+    server: Server, what: str, version: Version, arguments: dict[str, Any], options: SubmitOptions, console: Console
+) -> str:
+    """Start a run of this version and say where it is. Returns its id."""
+    name = f"{what} {time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime())}"
     with requests_of("start the run"):
         experiment = server.client.create_experiment(EXPERIMENT, namespace=server.namespace or None)
         run = server.client.run_pipeline(
@@ -71,9 +123,7 @@ def submit(options: SubmitOptions, console: Console) -> int:
     console.print(
         f"run      {name}\nKFP      {server.run_link(run.run_id)}", highlight=False, markup=False, soft_wrap=True
     )
-    if not options.wait:
-        return 0
-    return follow(server, run.run_id, console)
+    return str(run.run_id)
 
 
 def arguments_of(pipeline: Pipeline, model: str, options: SubmitOptions) -> dict[str, Any]:

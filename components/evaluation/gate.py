@@ -22,10 +22,17 @@ class GateConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
+    gain: float = Field(
+        0.0,
+        ge=-1,
+        lt=1,
+        description="what the lower bound of the difference over all families has to exceed; -1: anything passes, for "
+        "a rehearsal",
+    )
     family_margin: float = Field(
         0.05,
         ge=0,
-        lt=1,
+        le=1,
         description="how much worse (share of episodes, 0 to 1) the lower bound of a family's difference may be",
     )
 
@@ -62,7 +69,7 @@ def decide(report: EvaluationReport, champion: Pointer | None, config: GateConfi
     if not families:
         raise ValueError("the evaluation has no family: nothing was played")
     rules = [
-        _main_rule(difference, smallest, name, report),
+        _main_rule(difference, smallest, name, report, config),
         *(_family_rule(f, d, config) for f, d in sorted(families.items())),
     ]
     verdict = "promoted" if all(rule.holds for rule in rules) else "rejected"
@@ -71,17 +78,19 @@ def decide(report: EvaluationReport, champion: Pointer | None, config: GateConfi
     )
 
 
-def _main_rule(difference: Interval, smallest: float, baseline: str, report: EvaluationReport) -> GateRule:
+def _main_rule(
+    difference: Interval, smallest: float, baseline: str, report: EvaluationReport, config: GateConfig
+) -> GateRule:
     return GateRule(
         name="pass@1 is better",
-        holds=difference.low > 0.0,
+        holds=difference.low > config.gain,
         value=difference.low,
-        bound=0.0,
+        bound=config.gain,
         explanation=(
             f"sampled pass@1 against {baseline}: {difference.mean:+.3f}, {report.confidence:.0%} interval "
             f"{difference.low:+.3f} to {difference.high:+.3f} over {difference.n} pairs of {report.templates} held-out "
-            "templates; the lower bound must be above 0; the smallest difference that such a sample shows with 80% "
-            f"power is {smallest:.3f}"
+            f"templates; the lower bound must be above {config.gain:g}; the smallest difference that such a sample "
+            f"shows with 80% power is {smallest:.3f}"
         ),
     )
 

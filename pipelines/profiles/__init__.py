@@ -56,6 +56,25 @@ def load(name: str) -> Profile:
     return profile
 
 
+def rehearsal(profile: Profile) -> Profile:
+    """The smallest run of the same tasks: micro's stages, this profile's environments and resources on a cluster.
+
+    Its registered model is one of its own, so that it never touches the real one.
+    """
+    small = load("micro")
+    stages = {name: dict(values) for name, values in small.stages.items()}
+    environments = profile.stages.get("synthesis", {}).get("environments")
+    if environments:
+        stages["synthesis"]["environments"] = environments
+    stages["gate"] = {"gain": -1.0, "family_margin": 1.0}  # so that promotion and serving are rehearsed too
+    return Profile(
+        description=f"rehearsal of: {profile.description}",
+        model=f"{profile.model}-rehearsal",
+        stages=stages,
+        cluster=profile.cluster,
+    )
+
+
 def override(profile: Profile, settings: Sequence[str]) -> Profile:
     """The profile with `STAGE.KEY[.KEY...]=VALUE` settings applied; values are YAML. Raises InputError on bad ones."""
     stages: dict[str, dict[str, Any]] = {name: dict(values) for name, values in profile.stages.items()}

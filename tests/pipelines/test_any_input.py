@@ -129,7 +129,18 @@ COMMANDS = {
     ("gc",): ["--runs", RUNS],
     ("ui",): ["--runs", RUNS],
 }
-FLAGS = {"--commit", "--upload", "--wait", "--champion", "--cache", "--cluster", "--delete", "--all", "--help"}
+FLAGS = {
+    "--rehearse",
+    "--commit",
+    "--upload",
+    "--wait",
+    "--champion",
+    "--cache",
+    "--cluster",
+    "--delete",
+    "--all",
+    "--help",
+}
 # a folder or file of any name would be made there, or a server be looked for at any address
 ELSEWHERE = {"--runs", "--output", "--store", "--endpoint", "--host"}
 

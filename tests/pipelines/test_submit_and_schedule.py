@@ -51,11 +51,11 @@ def compiled_once(tmp_path_factory):
     original = cluster.compile_profile
     cache = {}
 
-    def compile_profile(pipeline, profile, directory):
-        key = pipeline.name, profile
+    def compile_profile(pipeline, profile, directory, rehearsal=False):
+        key = pipeline.name, profile, rehearsal
         if key not in cache:
-            cache[key] = folder / "-".join(key)
-            original(pipeline, profile, cache[key])
+            cache[key] = folder / "-".join(map(str, key))
+            original(pipeline, profile, cache[key], rehearsal=rehearsal)
         directory.mkdir(exist_ok=True)
         for path in cache[key].iterdir():
             (directory / path.name).write_bytes(path.read_bytes())
@@ -141,6 +141,97 @@ def test_exit_codes_are_those_of_a_local_run(api, last, tasks, code, told):
     assert lines.index("[run] pending") < lines.index("[run] running") < lines.index(f"[run] {last.lower()}")
     assert "[synthesis] running" in lines
     assert "synthesis-driver" not in output
+
+
+# -- rehearsal and forecast ------------------------------------------------------------------------------------------
+
+TRAINING = {"pipeline": "training", "profile": "nano", "champion": False}
+JUDGED = {"synthesis": "SUCCEEDED", "gate": "SUCCEEDED"}
+
+
+def run_names(state):
+    return [one["display_name"].rsplit(" ", 2)[0] for one in state.runs.values()]
+
+
+@pytest.mark.slow
+@scripted
+def test_the_first_training_is_rehearsed_and_the_next_is_not(api):
+    state, address = api
+    state.script = [("RUNNING", {}), ("SUCCEEDED", JUDGED)]
+    code, told = submitted(address, **TRAINING)
+    assert code == 0
+    assert run_names(state) == ["rehearsal of training nano", "training nano"]
+    assert {one["name"] for one in state.pipelines.values()} == {
+        "sparseline-training-nano",
+        "sparseline-training-nano-rehearsal",
+    }
+    assert "no run of this pipeline has succeeded here yet" in told
+    code, told = submitted(address, **TRAINING)
+    assert (code, run_names(state)[2:]) == (0, ["training nano"])
+    assert "from 1 runs that succeeded" in told
+    assert "30 min" in told
+    assert submitted(address, **TRAINING, rehearse=True)[0] == 0
+    assert run_names(state)[3:] == ["rehearsal of training nano", "training nano"]
+
+
+@pytest.mark.slow
+@scripted
+def test_what_a_rehearsal_finds_stops_the_run(api):
+    state, address = api
+    state.script = [("FAILED", {"synthesis": "FAILED"})]
+    code, told = submitted(address, **TRAINING)
+    assert code == 1
+    assert "the run was not started" in told
+    assert run_names(state) == ["rehearsal of training nano"]
+
+
+@pytest.mark.slow
+def test_a_rehearsal_has_the_tasks_and_resources_of_the_real_run_and_a_model_of_its_own(tmp_path):
+    import yaml
+
+    training = catalogue.PIPELINES["training"]
+    compiled = {}
+    for rehearsal in (False, True):
+        _, _, path = compiled_version(training, "nano", tmp_path / str(rehearsal), rehearsal=rehearsal)
+        compiled[rehearsal] = list(yaml.safe_load_all(path.read_text()))
+    real, small = (one[0]["deploymentSpec"]["executors"] for one in (compiled[False], compiled[True]))
+    assert real.keys() == small.keys()
+    for name, executor in small.items():
+        assert executor["container"]["resources"] == real[name]["container"]["resources"]
+        environment = {one["name"]: one.get("value") for one in executor["container"]["env"]}
+        assert environment["SPARSELINE_MODEL"] == "sparseline-nano-rehearsal"
+    # the tasks of the cluster (secrets, settings, account, volumes) are the same, word for word
+    assert compiled[True][1] == compiled[False][1]
+    text = (tmp_path / "True" / "pipeline.yaml").read_text()
+    assert "internal_api" in text
+    assert '"train_tasks": 60' in text.replace('\\"', '"')
+
+
+@scripted
+def test_hours_and_gpu_hours_are_those_of_the_longest_of_the_last_runs(api):
+    from pipelines.forecast import forecast
+    from pipelines.profiles import Profile
+
+    state, address = api
+    for minutes in (30, 45, 1):  # the last from the cache
+        state.minutes, state.script = minutes, [("SUCCEEDED", {"synthesis": "SUCCEEDED"})]
+        assert submitted(address)[0] == 0
+    state.script = [("FAILED", {"synthesis": "FAILED"})]
+    state.minutes = 59
+    assert submitted(address)[0] == 1
+    profile = Profile(description="d", model="m", cluster={"synthesis": {"gpus": 8, "timeout": 7200, "cpu": "16"}})
+    (pipeline_id,) = state.pipelines
+    told = call(forecast, connect(address), catalogue.PIPELINES["synthesis"], profile, pipeline_id)[1]
+    assert "forecast 6.0 GPU hours (from 3 runs that succeeded), at most 16.0" in told
+    assert "45 min" in told
+
+
+def test_what_cannot_be_rehearsed_is_told(api):
+    _, address = api
+    with pytest.raises(InputError, match="rehearse the training"):
+        submitted(address, pipeline="retraining", rehearse=True)
+    with pytest.raises(InputError, match="leave --no-wait away"):
+        submitted(address, rehearse=True, wait=False)
 
 
 @scripted

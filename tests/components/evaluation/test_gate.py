@@ -197,3 +197,14 @@ def test_rejected_refuses_a_verdict_that_is_none(context: StageContext) -> None:
     result = gate.run(GateConfig(), context, {"evaluation": publish(context, make_report(GOOD))})
     with pytest.raises(ValueError, match="promoted"):
         rejected.run(rejected.RejectedConfig(), context, result.outputs)
+
+
+@pytest.mark.parametrize(
+    ("low", "gain", "verdict"), [(0.05, 0.0, "promoted"), (0.05, 0.1, "rejected"), (-0.9, -1.0, "promoted")]
+)
+def test_the_gain_that_is_asked_for_is_a_bound_of_the_configuration(low: float, gain: float, verdict: str) -> None:
+    config = GateConfig(gain=gain, family_margin=1.0)
+    decided = decide(make_report(interval(low + 0.05, low, low + 0.1)), None, config)
+    assert decided.verdict == verdict
+    assert decided.rules[0].bound == gain
+    assert f"must be above {gain:g}" in decided.rules[0].explanation
