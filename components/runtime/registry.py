@@ -6,6 +6,7 @@ MLflow holds the pointer and the sha256 of the manifest, never the weights.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ def mlflow_client(tracking_uri: str) -> MlflowClient:
     os.environ.update({name: value for name, value in NO_USAGE_REPORTING.items() if name not in os.environ})
     # MLflow tells of every table that it creates; only what matters is to be seen.
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    # It would write the traceback of an error of the database that it then raises, and that we tell of.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
     from sqlalchemy.exc import SQLAlchemyError

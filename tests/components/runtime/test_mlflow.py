@@ -1,5 +1,8 @@
 """MLflow on SQLite for real: hierarchy, curves, models, aliases, and a run that KFP made."""
 
+import subprocess
+import sys
+
 import pytest
 
 from components.runtime.contracts import Pointer
@@ -153,3 +156,23 @@ def test_an_address_is_told_without_its_password(monkeypatch):
     with pytest.raises(InputError, match=r"http://me:\*\*\*@127.0.0.1:9 cannot be used") as told:
         mlflow_client("http://me:s3cret@127.0.0.1:9")
     assert "s3cret" not in str(told.value)
+
+
+def test_an_error_of_the_database_is_raised_without_a_traceback_of_its_own(tmp_path):
+    """A full disk ends the last write of a run: what is wrong is told once, by us. In a process of its own, as pytest
+    takes hold of loggers."""
+    program = f"""
+import sqlite3
+from mlflow.exceptions import MlflowException
+from components.runtime.registry import mlflow_client
+client = mlflow_client("sqlite:///{tmp_path / "mlflow.db"}")
+run = client.create_run("0").info.run_id
+sqlite3.connect("{tmp_path / "mlflow.db"}").execute("DROP TABLE tags")
+try:
+    client.set_tag(run, "name", "value")
+except MlflowException as error:
+    print("raised", "no such table" in str(error))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "raised True\n", done.stderr
+    assert "Traceback" not in done.stderr
