@@ -29,6 +29,7 @@ from pipelines.run import open_or_embed
 
 pytestmark = pytest.mark.slow  # MLflow makes its tables in seconds
 POSTGRES = next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))), None)
+EMPTY = "empty.db"  # as MLflow makes it, which takes seconds
 PARTS = {"gate/run/manifest.json": b'{"a": 1}', "checkpoint/run/model.safetensors": bytes(range(256)) * 300}
 
 
@@ -87,7 +88,9 @@ class Platform:
         if self.database.startswith("sqlite"):
             Path(self.database.removeprefix("sqlite:///")).unlink()
         # another file: within one process MLflow keeps the lost one open
-        self.use(f"sqlite:///{self.folder / f'mlflow-{len(self.database)}.db'}")
+        fresh = self.folder / f"mlflow-{len(self.database)}.db"
+        shutil.copy(self.folder / EMPTY, fresh)
+        self.use(f"sqlite:///{fresh}")
 
 
 def saved(platform: Platform, folder: Path, keep: int = 0) -> tuple[Backup, str]:
@@ -105,6 +108,8 @@ def restored(platform: Platform, folder: Path, backup_id: str = "") -> str:
 def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A platform that somebody worked with, made once; tests copy it."""
     folder = tmp_path_factory.mktemp("platform")
+    mlflow_client(f"sqlite:///{folder / EMPTY}")
+    shutil.copy(folder / EMPTY, folder / "mlflow.db")
     Platform(folder).work()
     return folder
 
