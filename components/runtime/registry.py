@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,18 +39,44 @@ def mlflow_client(tracking_uri: str) -> MlflowClient:
     from mlflow.tracking import MlflowClient
     from sqlalchemy.exc import SQLAlchemyError
 
-    if tracking_uri.startswith("sqlite:///"):
-        Path(tracking_uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-    else:
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
-    try:
-        client = MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
+    def connected(uri: str) -> MlflowClient:
+        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         client.search_experiments(max_results=1)
+        return client
+
+    try:
+        if tracking_uri.startswith("sqlite:///"):
+            with _whole_database(Path(tracking_uri.removeprefix("sqlite:///"))) as place:
+                connected(f"sqlite:///{place}")
+        else:
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+        client = connected(tracking_uri)
     except (MlflowException, SQLAlchemyError) as error:
         reason = str(error).splitlines()[0]
         told = f"MLflow at {tracking_uri} cannot be used: {reason}; check MLFLOW_TRACKING_URI and that the server runs"
         raise InputError(_PASSWORD.sub(r"\1:***@", told)) from error
     return client
+
+
+@contextmanager
+def _whole_database(path: Path) -> Iterator[Path]:
+    """Where MLflow is to make its tables: beside `path` as long as that does not exist, then moved there.
+
+    MLflow makes them in many steps and cannot go on with a part of them, so a kill in between must leave nothing.
+    """
+    if path.exists():
+        yield path
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = path.with_name(f".incomplete-{path.name}-{os.getpid()}")
+    half.unlink(missing_ok=True)
+    try:
+        yield half
+        os.link(half, path)
+    except FileExistsError:
+        pass  # another process was faster
+    finally:
+        half.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

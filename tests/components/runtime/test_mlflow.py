@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -176,3 +177,30 @@ except MlflowException as error:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.stdout == "raised True\n", done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_kill_while_the_database_is_made_leaves_none_and_the_next_call_makes_it(tmp_path):
+    place = tmp_path / "mlflow.db"
+    program = f"from components.runtime.registry import mlflow_client; mlflow_client('sqlite:///{place}')"
+    maker = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL)
+    while not any(half.stat().st_size > 100_000 for half in tmp_path.glob(".incomplete-mlflow.db-*")):
+        assert maker.poll() is None
+        assert not place.exists()
+        time.sleep(0.001)
+    maker.kill()
+    maker.wait()
+    assert not place.exists()
+    assert mlflow_client(f"sqlite:///{place}").search_experiments()
+    made = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert made.returncode == 0, made.stderr
+
+
+def test_two_processes_that_make_the_database_at_once_share_it(tmp_path):
+    program = (
+        "from components.runtime.registry import mlflow_client; "
+        f"print(mlflow_client('sqlite:///{tmp_path / 'mlflow.db'}').create_run('0').info.run_id)"
+    )
+    makers = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    ids = {maker.communicate(timeout=120)[0].strip() for maker in makers}
+    assert {run.info.run_id for run in mlflow_client(f"sqlite:///{tmp_path / 'mlflow.db'}").search_runs(["0"])} == ids
+    assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db"]
