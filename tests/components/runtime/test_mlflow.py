@@ -183,7 +183,8 @@ def test_a_kill_while_the_database_is_made_leaves_none_and_the_next_call_makes_i
     place = tmp_path / "mlflow.db"
     program = f"from components.runtime.registry import mlflow_client; mlflow_client('sqlite:///{place}')"
     maker = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL)
-    while not any(half.stat().st_size > 100_000 for half in tmp_path.glob(".incomplete-mlflow.db-*")):
+    half = tmp_path / f".incomplete-mlflow.db-{maker.pid}"
+    while not (half.exists() and half.stat().st_size > 100_000):
         assert maker.poll() is None
         assert not place.exists()
         time.sleep(0.001)
