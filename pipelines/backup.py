@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version as installed
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.console import Console
@@ -25,12 +26,12 @@ from rich.progress import track
 
 from components.runtime.artifacts import file_sha256
 from components.runtime.errors import InputError
-from components.runtime.object_store import ObjectStore, S3Store, open_store
+from components.runtime.object_store import ObjectStore, S3Store
 from components.runtime.settings import Settings, new_run_id
 from pipelines import database_copy
 from pipelines.kfp_server import connect
 from pipelines.run import only_run, open_or_embed
-from pipelines.schedule import MARK, ScheduleOptions, existing, set_schedule
+from pipelines.schedule import ScheduleOptions, commanded, existing, set_schedule
 
 BACKUPS, OBJECTS = "backups/", "objects/"
 ENDPOINT, ACCESS_KEY, SECRET_KEY = (
@@ -85,13 +86,13 @@ class Places:
 
 def open_destination(uri: str, environment: dict[str, str]) -> ObjectStore:
     """The store of the backups: a directory, or s3://BUCKET/PREFIX with its own credentials or those of the store."""
-    store = open_store(
-        uri,
-        endpoint=environment.get(ENDPOINT) or environment.get("SPARSELINE_S3_ENDPOINT", ""),
-        access_key=environment.get(ACCESS_KEY) or environment.get("AWS_ACCESS_KEY_ID", ""),
-        secret_key=environment.get(SECRET_KEY) or environment.get("AWS_SECRET_ACCESS_KEY", ""),
-        region=environment.get("AWS_REGION") or "us-east-1",
-    )
+    own = {
+        "SPARSELINE_STORE": uri,
+        "SPARSELINE_S3_ENDPOINT": environment.get(ENDPOINT),
+        "AWS_ACCESS_KEY_ID": environment.get(ACCESS_KEY),
+        "AWS_SECRET_ACCESS_KEY": environment.get(SECRET_KEY),
+    }
+    store = Settings.read({**environment, **{name: value for name, value in own.items() if value}}).open_store()
     if isinstance(store, S3Store):
         store.ensure_bucket()
     return store
@@ -273,21 +274,19 @@ def _schedules(places: Places) -> list[Schedule] | None:
     return [found for one in existing(server) if (found := _schedule(one)) is not None]
 
 
-def _schedule(one: object) -> Schedule | None:
+def _schedule(one: Any) -> Schedule | None:
     """The command line of a recurring run that we made; the description says what it runs."""
-    description = getattr(one, "description", "") or ""
-    trigger = getattr(one, "trigger", None)
-    if not description.startswith(f"{MARK}; ") or trigger is None or trigger.cron_schedule is None:
+    command = commanded(one)
+    if command is None or one.trigger is None or one.trigger.cron_schedule is None:
         return None
-    what, _, version = description.removeprefix(f"{MARK}; ").partition(", version ")
-    pipeline, _, profile = what.partition(" of ")
+    pipeline, profile, version = command
     return Schedule(
-        name=one.display_name,  # type: ignore[attr-defined]
-        cron=trigger.cron_schedule.cron,
+        name=one.display_name,
+        cron=one.trigger.cron_schedule.cron,
         pipeline=pipeline,
         profile=profile,
         version=version,
-        service_account=one.service_account or "",  # type: ignore[attr-defined]
+        service_account=one.service_account or "",
     )
 
 

@@ -19,7 +19,7 @@ from typing import IO, Any
 
 import sqlalchemy as sa
 
-from components.runtime.errors import InputError
+from components.runtime.errors import InputError, without_password
 from components.runtime.registry import mlflow_client
 
 TELLING = ("runs", "registered_models", "logged_models", "trace_info")  # tables of what people made
@@ -32,13 +32,6 @@ def connected(uri: str) -> sa.Engine:
         raise InputError(f"the database {without_password(uri)} is neither sqlite:///FILE nor postgresql://...")
     mlflow_client(uri)
     return sa.create_engine(uri)
-
-
-def without_password(uri: str) -> str:
-    try:
-        return sa.make_url(uri).render_as_string(hide_password=True)
-    except sa.exc.ArgumentError:
-        return "given"
 
 
 def write_database(uri: str, path: Path) -> dict[str, int]:

@@ -11,9 +11,8 @@ from rich.table import Table
 from pipelines.catalogue import Pipeline
 from pipelines.cluster import TaskResources, task_resources
 from pipelines.display import duration
-from pipelines.kfp_server import Server, pages, requests_of
+from pipelines.kfp_server import Server, pages, requests_of, stage_tasks
 from pipelines.profiles import Profile
-from pipelines.stages import STAGES
 
 LOOKED_AT = 5  # the newest runs that succeeded
 CANDIDATES = 200  # runs that are looked through for them
@@ -35,21 +34,20 @@ def succeeded(server: Server, pipeline_id: str) -> list[Any]:
 
 def stage_seconds(run: Any) -> dict[str, float]:
     """How long each stage of a run took, by the server's clock."""
-    seconds = {}
-    for task in (run.run_details.task_details or []) if run.run_details else []:
-        name = (task.display_name or "").replace("-", "_")
-        if name in STAGES and task.start_time and task.end_time:
-            seconds[name] = max(0.0, (task.end_time - task.start_time).total_seconds())
-    return seconds
+    return {
+        name: max(0.0, (task.end_time - task.start_time).total_seconds())
+        for name, task in stage_tasks(run)
+        if task.start_time and task.end_time
+    }
 
 
-def forecast(server: Server, pipeline: Pipeline, profile: Profile, pipeline_id: str, console: Console) -> None:
+def forecast(pipeline: Pipeline, profile: Profile, before: list[Any], console: Console) -> None:
     """Print hours and GPU hours by stage: the longest of the last runs, and what the time limits allow at most.
 
-    The longest, because a stage whose result came from KFP's cache took no time.
+    `before`: those runs (`succeeded`). The longest, because a stage whose result came from KFP's cache took no time.
     """
     resources = task_resources(profile.cluster)
-    past = [stage_seconds(run) for run in succeeded(server, pipeline_id)]
+    past = [stage_seconds(run) for run in before]
     made = Table(show_edge=False)
     for column in ("stage", "GPUs", "CPUs", "expected", "GPU hours", "at most", "GPU hours at most"):
         made.add_column(column, justify="left" if column == "stage" else "right", no_wrap=True)

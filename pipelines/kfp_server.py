@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from components.runtime.errors import InputError
 from pipelines import profiles
 from pipelines.catalogue import Pipeline
+from pipelines.stages import STAGES
 
 if TYPE_CHECKING:
     from kfp import Client
@@ -135,6 +136,14 @@ def pages(read: Callable[..., Any], field: str, **arguments: Any) -> Iterator[An
         token = answer.next_page_token or ""
         if not token:
             return
+
+
+def stage_tasks(run: Any) -> Iterator[tuple[str, Any]]:
+    """The tasks of a run that are stages, with the stage's name."""
+    for task in (run.run_details.task_details or []) if run.run_details else []:
+        name = (task.display_name or "").replace("-", "_")
+        if name in STAGES:
+            yield name, task
 
 
 def _called(one: Any, name: str) -> bool:

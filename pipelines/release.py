@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
 import time
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -26,7 +25,7 @@ from dulwich.pack import pack_objects_to_data
 from dulwich.repo import MemoryRepo
 from rich.console import Console
 
-from components.runtime.errors import InputError
+from components.runtime.errors import InputError, without_password
 from components.runtime.registry import ModelVersion
 from components.runtime.settings import Settings
 from pipelines.verify import EXIT_UNVERIFIED, show, verified
@@ -45,6 +44,10 @@ class Place:
     repository: str
     base: str
     values: str
+
+    @property
+    def shown(self) -> str:
+        return without_password(self.repository)
 
 
 @dataclass(frozen=True)
@@ -86,9 +89,9 @@ def release(
         return 0
     made = pushed(place, branch, base, text, message, author)
     if made is None:
-        console.print(f"the branch {branch} of {shown(place.repository)} holds this already", soft_wrap=True)
+        console.print(f"the branch {branch} of {place.shown} holds this already", soft_wrap=True)
     else:
-        told = f"{made[:12]} on the branch {branch} of {shown(place.repository)}: merge it to serve"
+        told = f"{made[:12]} on the branch {branch} of {place.shown}: merge it to serve"
         console.print(told, soft_wrap=True)
     return 0
 
@@ -154,11 +157,6 @@ def _client(repository: str) -> tuple[Any, str]:
     )
 
 
-def shown(repository: str) -> str:
-    """The repository's address without a password that somebody wrote into it."""
-    return re.sub(r"(//[^/:@]*):[^@/]*@", r"\1:***@", repository)
-
-
 def fetched(place: Place, branch: str) -> Base:
     """The newest commit of the base branch with its trees, and where the release's branch stands.
 
@@ -177,19 +175,17 @@ def fetched(place: Place, branch: str) -> Base:
         client.fetch(path, memory, determine_wants=wants, depth=1)
     except REFUSALS as error:
         raise InputError(
-            f"the repository {shown(place.repository)} cannot be read: {error or type(error).__name__}; give a folder "
+            f"the repository {place.shown} cannot be read: {error or type(error).__name__}; give a folder "
             f"or a URL, and for one that asks who you are {USERNAME} and {PASSWORD}"
         ) from error
     if names[place.base] not in refs:
         branches = sorted(name[11:].decode() for name in refs if name.startswith(b"refs/heads/"))
-        raise InputError(
-            f"{shown(place.repository)} has no branch {place.base}; there are {', '.join(branches) or 'none'}"
-        )
+        raise InputError(f"{place.shown} has no branch {place.base}; there are {', '.join(branches) or 'none'}")
     commit = memory[refs[names[place.base]]]
     assert isinstance(commit, Commit)
     found = _blob(memory, commit, place.values)
     if found is None:
-        raise InputError(f"{place.values} is no file on the branch {place.base} of {shown(place.repository)}")
+        raise InputError(f"{place.values} is no file on the branch {place.base} of {place.shown}")
     return Base(commit, found[1].decode(), found[0], refs.get(names[branch]), memory)
 
 
@@ -226,7 +222,7 @@ def pushed(place: Place, branch: str, base: Base, text: str, message: str, autho
 
     def update(offered: dict[bytes, bytes]) -> dict[bytes, bytes]:
         if offered.get(reference) != base.ours:
-            raise InputError(f"somebody moved the branch {branch} of {shown(place.repository)}; run again")
+            raise InputError(f"somebody moved the branch {branch} of {place.shown}; run again")
         return {reference: commit.id}
 
     client, path = _client(place.repository)
@@ -235,12 +231,10 @@ def pushed(place: Place, branch: str, base: Base, text: str, message: str, autho
             path, update, lambda have, want, **_: pack_objects_to_data([(one, None) for one in objects])
         )
     except REFUSALS as error:
-        raise InputError(
-            f"{shown(place.repository)} refuses the branch {branch}: {error or type(error).__name__}"
-        ) from error
+        raise InputError(f"{place.shown} refuses the branch {branch}: {error or type(error).__name__}") from error
     refused = (result.ref_status or {}).get(reference)
     if refused:
-        raise InputError(f"{shown(place.repository)} refuses the branch {branch}: {refused}")
+        raise InputError(f"{place.shown} refuses the branch {branch}: {refused}")
     return str(commit.id.decode())
 
 

@@ -95,6 +95,16 @@ def is_wanted(one: Any, version: Version, cron: str, arguments: dict[str, Any], 
     )
 
 
+def commanded(one: Any) -> tuple[str, str, str] | None:
+    """Pipeline, profile and version's name of a recurring run that `set_schedule` made; None for another."""
+    description = one.description or ""
+    if not description.startswith(f"{MARK}; "):
+        return None
+    what, _, version = description.removeprefix(f"{MARK}; ").partition(", version ")
+    pipeline, _, profile = what.partition(" of ")
+    return pipeline, profile, version
+
+
 def set_schedule(options: ScheduleOptions, console: Console) -> int:
     """Make the recurring run of this name what the options say. Returns the exit code.
 
@@ -194,8 +204,8 @@ def list_schedules(endpoint: str, namespace: str, console: Console) -> int:
         made.add_column(column, no_wrap=column in ("cron", "id"))
     for one in sorted(existing(server), key=lambda one: one.display_name or ""):
         schedule = one.trigger.cron_schedule if one.trigger else None
-        told = one.description or ""
-        what = told.removeprefix(f"{MARK}; ").split(",")[0] if MARK in told else "not made by sparseline"
+        command = commanded(one)
+        what = f"{command[0]} of {command[1]}" if command else "not made by sparseline"
         made.add_row(
             one.display_name or "?",
             schedule.cron if schedule else "periodic",

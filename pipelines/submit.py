@@ -19,7 +19,8 @@ from components.runtime.settings import Settings
 from pipelines import catalogue, profiles
 from pipelines.catalogue import Pipeline
 from pipelines.forecast import forecast, succeeded
-from pipelines.kfp_server import Server, Version, connect, find_version, reason, requests_of
+from pipelines.kfp_server import Server, Version, connect, find_version, reason, requests_of, stage_tasks
+from pipelines.profiles import Profile
 from pipelines.stages import STAGES
 
 EXPERIMENT = "sparseline"
@@ -63,20 +64,24 @@ def submit(options: SubmitOptions, console: Console) -> int:
     server = connect(options.endpoint, options.namespace)
     version = find_version(server, pipeline, options.profile, wanted=options.version, upload=options.upload)
     tell_version(version, console)
-    if to_rehearse(server, pipeline, options, version):
-        code = rehearse(server, pipeline, options, console)
+    before = succeeded(server, version.pipeline_id)
+    if to_rehearse(pipeline, options, before):
+        code = rehearse(server, pipeline, profile, options, console)
         if code:
             return code
-    forecast(server, pipeline, profile, version.pipeline_id, console)
+    forecast(pipeline, profile, before, console)
     run_id = start(server, f"{pipeline.name} {options.profile}", version, arguments, options, console)
     return follow(server, run_id, console) if options.wait else 0
 
 
-def to_rehearse(server: Server, pipeline: Pipeline, options: SubmitOptions, version: Version) -> bool:
-    """Whether the same tasks are to run at micro size first. Raises InputError where that cannot be."""
+def to_rehearse(pipeline: Pipeline, options: SubmitOptions, before: list[Any]) -> bool:
+    """Whether the same tasks are to run at micro size first; `before`: the runs that succeeded.
+
+    Raises InputError where that cannot be.
+    """
     if options.rehearse is None:
         first = pipeline.name == "training" and options.profile != "micro" and options.wait
-        return first and not succeeded(server, version.pipeline_id)
+        return first and not before
     if options.rehearse and pipeline.name not in REHEARSED:
         raise InputError(
             f"--rehearse: {pipeline.name} starts from a registered model of its own size; rehearse the training"
@@ -86,13 +91,12 @@ def to_rehearse(server: Server, pipeline: Pipeline, options: SubmitOptions, vers
     return options.rehearse
 
 
-def rehearse(server: Server, pipeline: Pipeline, options: SubmitOptions, console: Console) -> int:
+def rehearse(server: Server, pipeline: Pipeline, profile: Profile, options: SubmitOptions, console: Console) -> int:
     """The same tasks at micro size, with the same secrets, store, queue, nodes and account. Returns its exit code."""
     version = find_version(server, pipeline, options.profile, upload=options.upload, rehearsal=True)
     console.print("a rehearsal first, at micro size (--no-rehearse leaves it away)", soft_wrap=True)
     tell_version(version, console)
-    own = profiles.rehearsal(profiles.load(options.profile)).model
-    arguments = arguments_of(pipeline, own, options)
+    arguments = arguments_of(pipeline, profiles.rehearsal(profile).model, options)
     run_id = start(server, f"rehearsal of {pipeline.name} {options.profile}", version, arguments, options, console)
     code = follow(server, run_id, console)
     if code:
@@ -214,11 +218,7 @@ def states(server: Server, run_id: str) -> Iterator[Any]:
 
 def stage_states(run: Any) -> dict[str, str]:
     """The state of each stage that the server tells of."""
-    found: dict[str, str] = {}
-    for task in (run.run_details.task_details or []) if run.run_details else []:
-        name = (task.display_name or "").replace("-", "_")
-        if name in STAGES:
-            found[name] = task.state or "PENDING"
+    found = {name: task.state or "PENDING" for name, task in stage_tasks(run)}
     return {name: found[name] for name in STAGES if name in found}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,3 +63,8 @@ def _tells_of_a_full_disk(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def without_password(text: str) -> str:
+    """`text` with the passwords of the addresses in it (scheme://user:password@host) made unreadable."""
+    return re.sub(r"(//[^/:@]*):[^@/]*@", r"\1:***@", text)

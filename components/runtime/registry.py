@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlparse
 
 from components.runtime.contracts import Pointer
-from components.runtime.errors import InputError
+from components.runtime.errors import InputError, without_password
 from components.runtime.settings import NO_USAGE_REPORTING, Settings
 
 if TYPE_CHECKING:
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
 
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
 SCHEME = "models:/"
-_PASSWORD = re.compile(r"(//[^/:@]*):[^@/]*@")
 
 
 def mlflow_client(tracking_uri: str) -> MlflowClient:
@@ -46,27 +44,26 @@ def mlflow_client(tracking_uri: str) -> MlflowClient:
 
     try:
         if tracking_uri.startswith("sqlite:///"):
-            with _whole_database(Path(tracking_uri.removeprefix("sqlite:///"))) as place:
-                connected(f"sqlite:///{place}")
+            path = Path(tracking_uri.removeprefix("sqlite:///"))
+            if not path.exists():
+                with _made_beside(path) as half:
+                    connected(f"sqlite:///{half}")
         else:
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
         client = connected(tracking_uri)
     except (MlflowException, SQLAlchemyError) as error:
         reason = str(error).splitlines()[0]
         told = f"MLflow at {tracking_uri} cannot be used: {reason}; check MLFLOW_TRACKING_URI and that the server runs"
-        raise InputError(_PASSWORD.sub(r"\1:***@", told)) from error
+        raise InputError(without_password(told)) from error
     return client
 
 
 @contextmanager
-def _whole_database(path: Path) -> Iterator[Path]:
-    """Where MLflow is to make its tables: beside `path` as long as that does not exist, then moved there.
+def _made_beside(path: Path) -> Iterator[Path]:
+    """Where MLflow is to make its tables: beside `path`, then moved there.
 
     MLflow makes them in many steps and cannot go on with a part of them, so a kill in between must leave nothing.
     """
-    if path.exists():
-        yield path
-        return
     path.parent.mkdir(parents=True, exist_ok=True)
     half = path.with_name(f".incomplete-{path.name}-{os.getpid()}")
     half.unlink(missing_ok=True)

@@ -227,16 +227,15 @@ def test_what_cannot_be_restored_is_named_and_the_database_stays_empty(platform:
         assert expected in told(name)
 
 
-def test_a_backup_of_another_schema_says_so(platform: Platform, tmp_path: Path) -> None:
+def test_a_backup_of_another_schema_says_so(
+    platform: Platform, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with sa.create_engine(platform.database).begin() as connection:
         connection.execute(sa.text("UPDATE alembic_version SET version_num = '0123456789ab'"))
     path = tmp_path / "database"
-    real = database_copy.connected
-    database_copy.connected = lambda uri: sa.create_engine(uri)  # type: ignore[assignment]  # MLflow would refuse it
-    try:
+    with monkeypatch.context() as patch:
+        patch.setattr(database_copy, "connected", sa.create_engine)  # MLflow would refuse it
         database_copy.write_database(platform.database, path)
-    finally:
-        database_copy.connected = real
     other = f"sqlite:///{tmp_path / 'other.db'}"
     with pytest.raises(InputError, match="schema 0123456789ab, this MLflow makes"):
         database_copy.read_database(path, other)

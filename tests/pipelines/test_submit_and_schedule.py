@@ -209,7 +209,7 @@ def test_a_rehearsal_has_the_tasks_and_resources_of_the_real_run_and_a_model_of_
 
 @scripted
 def test_hours_and_gpu_hours_are_those_of_the_longest_of_the_last_runs(api):
-    from pipelines.forecast import forecast
+    from pipelines.forecast import forecast, succeeded
     from pipelines.profiles import Profile
 
     state, address = api
@@ -221,7 +221,8 @@ def test_hours_and_gpu_hours_are_those_of_the_longest_of_the_last_runs(api):
     assert submitted(address)[0] == 1
     profile = Profile(description="d", model="m", cluster={"synthesis": {"gpus": 8, "timeout": 7200, "cpu": "16"}})
     (pipeline_id,) = state.pipelines
-    told = call(forecast, connect(address), catalogue.PIPELINES["synthesis"], profile, pipeline_id)[1]
+    before = succeeded(connect(address), pipeline_id)
+    told = call(forecast, catalogue.PIPELINES["synthesis"], profile, before)[1]
     assert "forecast 6.0 GPU hours (from 3 runs that succeeded), at most 16.0" in told
     assert "45 min" in told
 

@@ -15,6 +15,12 @@
     - {protocol: TCP, port: 53}
 {{- end -}}
 
+{{/* The port of an address, its scheme's own where it names none. */}}
+{{- define "sparseline.portOf" -}}
+{{- $address := urlParse . -}}
+{{- default (ternary "443" "80" (eq $address.scheme "https")) (regexFind ":[0-9]+$" $address.host | trimPrefix ":") -}}
+{{- end -}}
+
 {{/* The store and MLflow, wherever they are. */}}
 {{- define "sparseline.programEgress" -}}
 {{- if include "sparseline.inClusterStore" . }}
@@ -26,12 +32,10 @@
   ports:
     - {protocol: TCP, port: 9000}
 {{- else }}
-{{- $address := urlParse (include "sparseline.storeEndpoint" .) }}
-{{- $port := regexFind ":[0-9]+$" $address.host | trimPrefix ":" }}
 - to:
     - ipBlock: {cidr: {{ .Values.objectStore.cidr }}}
   ports:
-    - {protocol: TCP, port: {{ default (ternary "443" "80" (eq $address.scheme "https")) $port }}}
+    - {protocol: TCP, port: {{ include "sparseline.portOf" (include "sparseline.storeEndpoint" .) }}}
 {{- end }}
 {{- if .Values.mlflow.enabled }}
 - to:
@@ -42,11 +46,9 @@
   ports:
     - {protocol: TCP, port: 5000}
 {{- else }}
-{{- $address := urlParse (include "sparseline.mlflowUri" .) }}
-{{- $port := regexFind ":[0-9]+$" $address.host | trimPrefix ":" }}
 - to:
     - ipBlock: {cidr: 0.0.0.0/0}
   ports:
-    - {protocol: TCP, port: {{ default (ternary "443" "80" (eq $address.scheme "https")) $port }}}
+    - {protocol: TCP, port: {{ include "sparseline.portOf" (include "sparseline.mlflowUri" .) }}}
 {{- end }}
 {{- end -}}
