@@ -28,7 +28,7 @@ from rich.console import Console
 from components.runtime.errors import InputError, without_password
 from components.runtime.registry import ModelVersion
 from components.runtime.settings import Settings
-from pipelines.verify import EXIT_UNVERIFIED, show, verified
+from pipelines.verify import EXIT_UNVERIFIED, registered, show, verified
 
 AUTHOR = "Sparseline <sparseline@localhost>"
 # What a repository that is not there, does not answer or says no shows as.
@@ -68,18 +68,24 @@ def release(
     """Verify `model` (an alias, a version number or a models:/ URI) and write, or only show, the commit.
 
     Returns the exit code: 0 when the commit is there (or would be, or is not needed), 3 when the model does not verify.
+    Where nothing is left to do nothing is verified either, so that this may be called every few minutes.
     Raises InputError when there is no such model, repository, branch or file, or the push is refused.
     """
-    version, checks = verified(settings, model, sample=sample, seed=seed, console=console)
-    if not show(checks, console):
-        console.print("no commit for a model that does not verify", soft_wrap=True)
-        return EXIT_UNVERIFIED
+    version = registered(settings, model)
     branch = branch or f"release/{version.name}-{version.version}"
     base = fetched(place, branch)
     text = pinned(base.text, version, place.values)
     if text == base.text:
         console.print(f"{place.values} on {place.base} serves {version.name} version {version.version} already")
         return 0
+    if holds(base, place, text):
+        console.print(f"the branch {branch} of {place.shown} holds this already: merge it to serve", soft_wrap=True)
+        return 0
+    # by its number: an alias may have moved on
+    _, checks = verified(settings, version.version, sample=sample, seed=seed, console=console)
+    if not show(checks, console):
+        console.print("no commit for a model that does not verify", soft_wrap=True)
+        return EXIT_UNVERIFIED
     message = f"{message_of(version, base.text)}\n{len(checks)} checks of `sparseline verify` hold.\n"
     difference = difflib.unified_diff(base.text.splitlines(), text.splitlines(), place.values, place.values, "", "", 1)
     console.print("\n".join(line.rstrip("\n") for line in difference), markup=False, highlight=False, soft_wrap=True)
@@ -88,12 +94,18 @@ def release(
         console.print(f"nothing is written; with --commit this is pushed as {branch}", soft_wrap=True)
         return 0
     made = pushed(place, branch, base, text, message, author)
-    if made is None:
-        console.print(f"the branch {branch} of {place.shown} holds this already", soft_wrap=True)
-    else:
-        told = f"{made[:12]} on the branch {branch} of {place.shown}: merge it to serve"
-        console.print(told, soft_wrap=True)
+    console.print(f"{made[:12]} on the branch {branch} of {place.shown}: merge it to serve", soft_wrap=True)
     return 0
+
+
+def holds(base: Base, place: Place, text: str) -> bool:
+    """Whether the release's branch is the base with the values `text` and nothing else."""
+    if base.ours is None:
+        return False
+    there = base.objects[base.ours]
+    assert isinstance(there, Commit)
+    same = _blob(base.objects, there, place.values)
+    return there.parents == [base.commit.id] and same is not None and same[1].decode() == text
 
 
 def pinned(text: str, version: ModelVersion, name: str) -> str:
@@ -198,18 +210,12 @@ def _blob(memory: MemoryRepo, commit: Commit, path: str) -> tuple[int, bytes] | 
     return (mode, blob.data) if isinstance(blob, Blob) else None
 
 
-def pushed(place: Place, branch: str, base: Base, text: str, message: str, author: str) -> str | None:
-    """Commit `text` over the base and push it as `branch`; the commit's id, or None when the branch holds it already.
+def pushed(place: Place, branch: str, base: Base, text: str, message: str, author: str) -> str:
+    """Commit `text` over the base and push it as `branch`; the commit's id.
 
     A branch that was made from an older base is moved. Raises InputError when the push is refused, for instance
     because somebody moved the branch in the meantime.
     """
-    if base.ours is not None:
-        there = base.objects[base.ours]
-        assert isinstance(there, Commit)
-        same = _blob(base.objects, there, place.values)
-        if there.parents == [base.commit.id] and same is not None and same[1].decode() == text:
-            return None
     objects, root = _replaced(base.objects, base.commit.tree, PurePosixPath(place.values).parts, text, base.mode)
     commit = Commit()
     commit.tree, commit.parents = root, [base.commit.id]

@@ -44,14 +44,19 @@ def verify(settings: Settings, model: str, *, sample: int, seed: int, console: C
     return 0 if show(checks, console) else EXIT_UNVERIFIED
 
 
+def registered(settings: Settings, model: str) -> ModelVersion:
+    """The version behind `model`. Raises InputError when there is no registry or no such version."""
+    if not (settings.runs / "mlflow.db").is_file() and settings.tracking_uri.startswith("sqlite:///"):
+        raise InputError(f"{settings.runs} holds no registry; run `sparseline run` first, or give --runs")
+    registry = Registry(settings)
+    return registry.resolve(registry.uri(model))
+
+
 def verified(
     settings: Settings, model: str, *, sample: int, seed: int, console: Console
 ) -> tuple[ModelVersion, list[Check]]:
     """The version behind `model` and the checks on everything behind its checkpoint. Raises InputError as `verify`."""
-    if not (settings.runs / "mlflow.db").is_file() and settings.tracking_uri.startswith("sqlite:///"):
-        raise InputError(f"{settings.runs} holds no registry; run `sparseline run` first, or give --runs")
-    registry = Registry(settings)
-    version = registry.resolve(registry.uri(model))
+    version = registered(settings, model)
     with only_run(settings.runs), open_or_embed(settings) as (_, store):
         console.print(f"{version.name} version {version.version}, checkpoint {version.pointer.uri}", soft_wrap=True)
         return version, list(checks_of(store, version.pointer, sample=sample, seed=seed))
