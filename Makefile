@@ -4,6 +4,7 @@
 #   make install    into .venv, with the versions of constraints.txt
 #   make run        the main job: sparseline run --profile nano
 #   make test       all tests
+#   make test-cluster   chart, roles and RayJobs against a real control plane (needs Go; 15 minutes the first time)
 #   make check      lint, types and the fast tests
 #   make ui         MLflow on the runs of this machine
 #   make images     container images, by buildah, podman or docker (BASE_IMAGE=, REGISTRY=)
@@ -18,7 +19,7 @@ BIN := .venv/bin
 # Tests on two cores at once; a process that trains uses one thread there.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: doctor install run test check types fast-tests ui
+.PHONY: doctor install run test test-cluster check types fast-tests ui
 .DEFAULT_GOAL := run
 
 doctor:
@@ -36,7 +37,16 @@ run: install
 	$(BIN)/sparseline run --profile $(PROFILE) --seed $(SEED)
 
 test: install
-	$(TEST)
+	$(TEST) -m 'not cluster'
+
+# One control plane for all: these tests take turns. `make test-cluster KUBECONFIG=file` takes an existing cluster.
+ifeq ($(origin KUBECONFIG),command line)
+test-cluster: export SPARSELINE_TEST_KUBECONFIG := $(KUBECONFIG)
+endif
+test-cluster: install
+	@$(BIN)/python tests/manifests/tools.py
+	@$(BIN)/python -m tests.cluster.programs
+	$(BIN)/python -m pytest tests/cluster
 
 check: install
 	$(BIN)/ruff check .
@@ -47,7 +57,7 @@ types:
 	$(BIN)/mypy
 
 fast-tests:
-	$(TEST) -m 'not slow'
+	$(TEST) -m 'not slow and not cluster'
 
 ui: install
 	$(BIN)/sparseline ui --port $(PORT)
