@@ -49,7 +49,7 @@ from components.post_training.validation import validate
 from components.post_training.worker import RolloutWorker
 from components.runtime.contracts import digest
 from components.runtime.errors import InputError, exit_code
-from components.runtime.processes import die_with_parent
+from components.runtime.processes import die_with_parent, threads_of_each
 from components.runtime.result_file import frame
 from components.runtime.stage import parse_config, read_yaml, write_json
 
@@ -235,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT")
     parser.add_argument("--processes", type=int, default=1, help="rows made side by side")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads of each; 0 = as torch chooses")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads of each; 0 = its share of the cores")
     parser.add_argument("--output", type=Path, required=True, help="result file (JSON), gone on with where it exists")
     options = parser.parse_args(arguments)
     try:
@@ -290,6 +290,8 @@ class Job:
 
 def made_rows(jobs: Sequence[Callable[[], dict[str, Any]]], processes: int, threads: int) -> Iterator[dict[str, Any]]:
     """Rows as they are ready, `processes` made side by side."""
+    # More threads than cores wait for each other: rows took ten times as long.
+    threads = threads_of_each(threads, processes)
     if processes == 1:
         _begin(threads)
         yield from (job() for job in jobs)
@@ -305,8 +307,7 @@ def made_rows(jobs: Sequence[Callable[[], dict[str, Any]]], processes: int, thre
 
 
 def _begin(threads: int) -> None:
-    if threads:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads)
 
 
 def _begin_worker(threads: int) -> None:

@@ -124,6 +124,7 @@ class ControlPlane(Kubectl):
             f"--service-account-signing-key-file={directory / 'accounts.key'}",
             "--service-account-issuer=https://kubernetes.default.svc",
             "--authorization-mode=RBAC",
+            "--allow-privileged",  # as clusters have it: what refuses such pods is Pod Security
             "--enable-aggregator-routing",  # to webhooks by their endpoints: nobody serves a service's address here
             f"--audit-policy-file={directory / 'audit.yaml'}",
             f"--audit-log-path={self.audit_log}",

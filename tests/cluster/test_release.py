@@ -22,8 +22,20 @@ def place(cluster, kubelet):
     secret = {"accesskey": "test", "secretkey": "test-secret"}
     metadata = {"name": "sparseline-store", "namespace": PLACE}
     apply(cluster, [{"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "stringData": secret}])
+    apply(cluster, [volume(f"{PLACE}-{index}") for index in range(2)])
     yield PLACE
-    cluster.kubectl("delete", "namespace", PLACE, "--wait=false")
+    cluster.kubectl("delete", "namespace", PLACE)
+    cluster.kubectl("delete", "persistentvolume", *(f"{PLACE}-{index}" for index in range(2)), "--wait=false")
+
+
+def volume(name):
+    """What a storage class would make for a claim; nothing is ever written there."""
+    spec = {
+        "capacity": {"storage": "100Gi"},
+        "accessModes": ["ReadWriteOnce"],
+        "hostPath": {"path": f"/nowhere/{name}"},
+    }
+    return {"apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": name}, "spec": spec}
 
 
 def claims(cluster):
@@ -57,8 +69,8 @@ def test_upgrade_rollback_and_uninstall_keep_the_volumes(cluster, place):
     old.write_text(yaml.safe_dump(values))
 
     def release(*arguments):
-        wait = () if arguments[0] in ("uninstall",) else ("--wait", "--timeout=120s")
-        return helm(*arguments, "--namespace", place, *wait, kubeconfig=cluster.kubeconfig)
+        wait = ("--wait",) if arguments[0] != "test" else ()
+        return helm(*arguments, "--namespace", place, "--timeout=120s", *wait, kubeconfig=cluster.kubeconfig)
 
     release("install", "sparseline", PREVIOUS, "--values", old)
     assert chart_of(cluster, "sparseline-mlflow") == "sparseline-0.1.0"
