@@ -126,8 +126,8 @@ class State:
 
 
 @contextmanager
-def serving():
-    """The state, and the address at which it is served."""
+def serving(port=0):
+    """The state, and the address at which it is served; at any free port, where none is given."""
     state = State()
 
     class Handler(BaseHTTPRequestHandler):
@@ -156,7 +156,7 @@ def serving():
         def log_message(self, *arguments):
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
