@@ -278,8 +278,10 @@ def _score_part(
     q_ready, q_free, _, _, _, rest_free, p_ready, p_free, _, _, _, _ = barriers
     if first < last:
         mbarrier.wait(q_ready, parts & 1)
-        if other_count > 0:  # at every turn, so that a wait is never two phases ahead of the barrier
-            mbarrier.wait(p_ready.index(1 - W), (other_count - 1) & 1)
+        # each group sees every phase of the other's barrier before the next can end, or its wait would not return; the
+        # odd one has seen the even one's last block, see below
+        if (other_count > 0) & (W == 0):
+            mbarrier.wait(p_ready.index(1), (other_count - 1) & 1)
         for block in range(first + W, last, 2):  # turns start at even blocks
             slot_N = block * 64 + gl.arange(0, 64, gl.SliceLayout(1, TURNED))
             index_N = gl.load(row_indices + slot_N, mask=slot_N < KEYS, other=-1)
@@ -305,10 +307,12 @@ def _score_part(
             sum_NM = sum_NM * gl.expand_dims(gl.exp2(own_max_M - max_M), 0) + p_NM  # of the keys that a thread holds
             own_max_M = max_M
             count += 1
+        other_count += (last - first + W) >> 1
+        if ((last - first) & W) == 1:  # of an odd number of blocks the last is the even group's
+            mbarrier.wait(p_ready.index(0), (other_count - 1) & 1)
         _arrive(q_free)
         parts += 1
         turn += last - first
-        other_count += (last - first + W) >> 1
     return own_max_M, sum_NM, turn, count, other_count, parts
 
 
@@ -377,8 +381,8 @@ def _scorer(
                 gl.minimum(first + PART, blocks1), turn, count, other_count, parts, key_rows, scale_log2, nought, KEYS,
                 HAS_REST, W,
             )  # fmt: skip
-        if other_count > 0:
-            mbarrier.wait(p_ready.index(1 - W), (other_count - 1) & 1)  # the last maxima are there
+        if (other_count > 0) & (W == 0):
+            mbarrier.wait(p_ready.index(1), (other_count - 1) & 1)  # the last maxima are there
         last0_M = _last_max(maxima, maxima0, blocks0)
         last1_M = _last_max(maxima, maxima1, blocks1)
         sum0_M = _total(sum0_NM, peaks.index(W)) * gl.exp2(max0_M - last0_M)
