@@ -25,7 +25,7 @@ from rich.console import Console
 from components.runtime import artifacts, errors, processes
 from components.runtime.contracts import Pointer
 from components.runtime.embedded_store import EmbeddedStore, embedded_store, weed_program
-from components.runtime.errors import InputError, disk_errors
+from components.runtime.errors import InputError, disk_errors, without_password
 from components.runtime.object_store import DirectoryStore, ObjectStore, S3Store
 from components.runtime.registry import Registry
 from components.runtime.settings import NO_USAGE_REPORTING, Settings, new_run_id
@@ -142,8 +142,10 @@ def _run(options: RunOptions, console: Console) -> int:
         mirror.finish(watch, made, [directory / "summary.json", page, directory / "pipeline.yaml"])
         point_latest(runs, directory)
     console.print(summary.table(made))
+    local = settings.tracking_uri.startswith("sqlite:///")
+    tracked = f"make ui   ({runs / 'mlflow.db'})" if local else without_password(settings.tracking_uri)
     console.print(
-        f"report   {page}\nnumbers  {directory / 'summary.json'}\nMLflow   make ui   ({runs / 'mlflow.db'})",
+        f"report   {page}\nnumbers  {directory / 'summary.json'}\nMLflow   {tracked}",
         highlight=False,
         markup=False,
         soft_wrap=True,  # a path that is broken over lines cannot be copied

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from pydantic import ValidationError
 from rich.console import Console
 
 from components.evaluation.checks import Bundle, Check, check
@@ -151,8 +152,15 @@ def checks_of(store: ObjectStore, checkpoint: Pointer, *, sample: int, seed: int
 
 
 def gate_config(manifest: Manifest) -> GateConfig:
-    """The bounds that the gate decided with."""
-    return GateConfig.model_validate(manifest.facts.get("config", {}))
+    """The bounds that the gate decided with. Raises InputError when another version of Sparseline decided."""
+    try:
+        return GateConfig.model_validate(manifest.facts.get("config", {}))
+    except ValidationError as error:
+        wrong = ", ".join(".".join(map(str, problem["loc"])) for problem in error.errors())
+        raise InputError(
+            f"the gate decided with settings that this version of Sparseline does not know ({wrong}); verify with the "
+            "version that decided, or run again"
+        ) from error
 
 
 def fetched(store: ObjectStore, name: str, pointer: Pointer, target: Path) -> tuple[Check, Path]:

@@ -15,13 +15,13 @@ from components.evaluation.compare import Bootstrap
 from components.evaluation.measures import measure
 from components.evaluation.play import Item, read_items, write_items
 from components.evaluation.report import EvaluationReport
-from components.runtime.contracts import Pointer
+from components.runtime.contracts import Manifest, Pointer
 from components.runtime.errors import InputError
 from components.runtime.registry import CHAMPION, Registry
 from components.runtime.settings import Settings
 from model.config import ModelConfig
 from model.transformer import Transformer
-from pipelines.verify import checks_of, verify
+from pipelines.verify import checks_of, gate_config, verify
 from tests.components.evaluation.test_evaluation_stage import TASKS, Stage
 from tests.components.serving.served import WORDS, learn_by_heart, save_checkpoint
 
@@ -215,6 +215,12 @@ def test_an_edited_seed_is_named(evidence: Evidence) -> None:
 
     evidence.forge(edit)
     assert "seed 7" in evidence.failures()["seeds of the episodes"]
+
+
+def test_a_decision_with_settings_of_another_version_is_told() -> None:
+    manifest = Manifest(kind="gate", stage="gate", files=[], facts={"config": {"gain": 0.0, "margin_of_later": 1}})
+    with pytest.raises(InputError, match=r"does not know \(margin_of_later\); verify with the version that decided"):
+        gate_config(manifest)
 
 
 def test_the_command_says_0_or_3_and_refuses_what_is_not_there(evidence: Evidence, tmp_path: Path) -> None:
