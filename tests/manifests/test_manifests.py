@@ -5,6 +5,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -133,6 +134,161 @@ def test_a_backup_runs_beside_mlflow_with_credentials_of_its_own():
     assert {"name": "SPARSELINE_DATABASE", "value": "sqlite:////data/mlflow.db"} in pod["containers"][0]["env"]
 
 
+def one_of(found, kind, name):
+    (manifest,) = [one for one in found if one["kind"] == kind and one["metadata"]["name"] == f"sparseline-{name}"]
+    return manifest
+
+
+def ports(policy, direction):
+    return [port["port"] for rule in policy["spec"][direction] for port in rule["ports"]]
+
+
+def test_a_passed_gate_opens_a_commit():
+    found = rendered("--values", CHART / "ci/release.yaml")
+    job = one_of(found, "CronJob", "release")["spec"]
+    assert (job["concurrencyPolicy"], job["schedule"]) == ("Forbid", "*/5 * * * *")
+    (container,) = job["jobTemplate"]["spec"]["template"]["spec"]["containers"]
+    assert container["args"] == [
+        "clusters/prod/values.yaml",
+        "--repository=https://git.example.com:8443/platform",
+        "--base=production",
+        "--name=sparseline-agent",
+        "--sample=32",
+        "--commit",
+    ]
+    variables = {one["name"]: one for one in container["env"]}
+    for name, key in (("SPARSELINE_GIT_USERNAME", "username"), ("SPARSELINE_GIT_PASSWORD", "password")):
+        assert variables[name]["valueFrom"]["secretKeyRef"] == {"name": "sparseline-git", "key": key}
+    assert variables["https_proxy"]["value"] == "http://proxy.example.com:3128"
+    policy = one_of(found, "NetworkPolicy", "release")
+    assert policy["spec"]["egress"][0]["to"] == [{"ipBlock": {"cidr": "10.30.0.0/16"}}]
+    assert ports(policy, "egress") == [8443, 3128, 53, 53]
+    (values,) = one_of(found, "NetworkPolicy", "programs")["spec"]["podSelector"]["matchExpressions"][1:]
+    assert "release" in values["values"]  # it calls the store and MLflow
+
+
+def test_a_release_is_only_shown_unless_it_is_to_be_pushed():
+    found = rendered("--values", CHART / "ci/release.yaml", "--set", "release.commit=false,release.existingSecret=")
+    job = one_of(found, "CronJob", "release")["spec"]["jobTemplate"]["spec"]["template"]["spec"]
+    assert "--commit" not in job["containers"][0]["args"]
+    assert not any(one["name"].startswith("SPARSELINE_GIT") for one in job["containers"][0]["env"])
+    assert not [one for one in overlay("prod") if one["kind"] == "CronJob"]
+
+
+def test_the_arguments_in_the_chart_are_those_of_the_programs():
+    """The programs read them themselves: what they do not know they refuse by exit code 2."""
+    release = one_of(rendered("--values", CHART / "ci/release.yaml"), "CronJob", "release")["spec"]["jobTemplate"]
+    observer = one_of(rendered("--values", CHART / "ci/observed.yaml"), "Deployment", "observer")
+    for manifest in (release, observer):
+        (container,) = manifest["spec"]["template"]["spec"]["containers"]
+        command = [sys.executable, *container["command"][1:], *container["args"], "--help"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        known = set(re.findall(r"--[a-z][a-z-]+", done.stdout))
+        assert {one.split("=")[0] for one in container["args"] if one.startswith("--")} <= known
+
+
+def test_the_observer_is_asked_by_prometheus_and_asks_kubeflow_pipelines_alone():
+    found = rendered("--values", CHART / "ci/observed.yaml")
+    deployment, service = one_of(found, "Deployment", "observer"), one_of(found, "Service", "observer")
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    assert "--endpoint=http://ml-pipeline.pipelines.svc:8888" in container["args"]
+    assert "--time-zone=Europe/Berlin" in container["args"]
+    labels = deployment["spec"]["template"]["metadata"]["labels"]
+    assert service["spec"]["selector"].items() <= labels.items()
+    monitor = one_of(found, "ServiceMonitor", "observer")
+    assert monitor["spec"]["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
+    assert monitor["spec"]["endpoints"][0]["port"] == service["spec"]["ports"][0]["name"]
+    assert monitor["metadata"]["labels"]["release"] == "prometheus"
+    policy = one_of(found, "NetworkPolicy", "observer")["spec"]
+    names = [
+        peer["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"]
+        for rule in (*policy["ingress"], *policy["egress"])
+        for peer in (*rule.get("from", []), *rule.get("to", []))
+    ]
+    assert names == ["observability", "pipelines", "kube-system"]
+    assert ports({"spec": policy}, "ingress") == [9465]
+    assert ports({"spec": policy}, "egress") == [8888, 53, 53]
+
+
+# Of kube-state-metrics and the kubelet.
+OTHERS = {
+    "kube_cronjob_created",
+    "kube_cronjob_status_last_successful_time",
+    "kube_deployment_status_replicas_available",
+    "kube_pod_container_resource_requests",
+    "kube_pod_status_phase",
+    "kubelet_volume_stats_available_bytes",
+    "kubelet_volume_stats_capacity_bytes",
+}
+
+
+def exposed():
+    """The names of the metrics that our own programs expose, as a scrape gives them."""
+    from prometheus_client import CollectorRegistry, generate_latest
+
+    from components.serving.metrics import Metrics
+    from pipelines.observer import Facts, Observer, Schedule
+
+    observer, registry = Observer(), CollectorRegistry()
+    observer.facts = Facts((Schedule("s", "r", 1.0, 1.0, 0, 1),), {"p": 0})
+    registry.register(observer)
+    texts = [Metrics("m").text(), generate_latest(registry)]
+    return {re.split(r"[{ ]", line)[0] for text in texts for line in text.decode().splitlines() if line[:1] != "#"}
+
+
+def metrics_in(expression):
+    return set(re.findall(r"\b(?:sparseline|kube|kubelet)_[a-z0-9_]+", expression))
+
+
+def expressions():
+    """(where, expression) of each alert, panel and autoscaler, with everything switched on."""
+    found = [one for path in VALUES for one in rendered("--values", path)]
+    for one in found:
+        for group in one["spec"]["groups"] if one["kind"] == "PrometheusRule" else []:
+            yield from ((rule["alert"], rule["expr"]) for rule in group["rules"])
+        if one["kind"] == "HorizontalPodAutoscaler":
+            yield from (
+                ("autoscaler", metric["pods"]["metric"]["name"])
+                for metric in one["spec"]["metrics"]
+                if "pods" in metric
+            )
+    dashboard = json.loads((CHART / "dashboards/sparseline.json").read_text())
+    for panel in dashboard["panels"]:
+        yield from ((panel["title"], target["expr"]) for target in panel["targets"])
+    yield from ((one["name"], one["query"]) for one in dashboard["templating"]["list"])
+
+
+def unknown_metrics(expression):
+    return metrics_in(expression) - exposed() - OTHERS
+
+
+def test_alerts_and_panels_name_metrics_that_are_exposed():
+    found = list(expressions())
+    assert {"SparselineScheduleMissed", "SparselineGateRejectedTwice", "autoscaler"} <= {where for where, _ in found}
+    assert [(where, unknown_metrics(one)) for where, one in found if unknown_metrics(one)] == []
+
+
+def test_a_metric_that_nobody_exposes_is_found():
+    assert unknown_metrics("rate(sparseline_request_total[5m]) > sparseline_requests_total") == {
+        "sparseline_requests_total"
+    }
+
+
+def test_an_alert_says_what_to_do():
+    for one in rendered("--values", CHART / "ci/observed.yaml"):
+        for group in one["spec"]["groups"] if one["kind"] == "PrometheusRule" else []:
+            for rule in group["rules"]:
+                assert set(rule["annotations"]) == {"summary", "action"}, rule["alert"]
+
+
+def test_without_the_observer_nothing_waits_for_its_metrics():
+    found = rendered("--values", CHART / "ci/observed.yaml", "--set", "monitoring.observer.enabled=false")
+    (rules,) = [one for one in found if one["kind"] == "PrometheusRule"]
+    assert "sparseline_kfp" not in json.dumps(rules)
+    assert not [one for one in found if one["metadata"]["name"].endswith("-observer")]
+
+
 WAVE = "argocd.argoproj.io/sync-wave"
 
 
@@ -197,6 +353,8 @@ def test_every_application_s_path_is_in_the_repository():
         if one["kind"] == "Application"
     }
     assert waves["cert-manager"] < waves["sparseline-kfp"] < waves["sparseline"] < waves["sparseline-pipelines"]
+    assert waves["kuberay"] < waves["sparseline"]
+    assert waves["kueue"] < waves["sparseline"]
 
 
 def test_the_mlflow_plugin_is_added_to_kfp_s_configuration():
@@ -272,6 +430,108 @@ def test_each_task_of_a_compiled_pipeline_is_as_a_restricted_namespace_wants_it(
             ]
 
 
+def rayjob(**block):
+    """The RayJob that a task of a compiled pipeline makes, its own pod as Argo and KFP's MLflow plugin leave it."""
+    from components.runtime.ray_block import RayBlock
+    from components.runtime.ray_manifest import Watcher, ray_job
+
+    def of(source, **about):
+        return {"valueFrom": {source: about}}
+
+    env = [
+        {"name": "HOME", "value": "/tmp"},
+        {"name": "SPARSELINE_RAY_JOB", "value": "{}"},
+        {"name": "ARGO_NODE_ID", "value": "n"},
+        {"name": "KFP_POD_NAME", "value": "p"},
+        {"name": "SPARSELINE_METRICS_PORT", "value": "9464"},
+        {"name": "SPARSELINE_RUN_ID", **of("fieldRef", fieldPath="metadata.labels['pipeline/runid']")},
+        {"name": "SPARSELINE_POD_UID", **of("fieldRef", fieldPath="metadata.uid")},
+        {"name": "AWS_SECRET_ACCESS_KEY", **of("secretKeyRef", name="sparseline-store", key="secretkey")},
+        {"name": "MLFLOW_TRACKING_TOKEN", **of("secretKeyRef", name="kfp-mlflow-credentials", key="token")},
+        {"name": "SPARSELINE_STORE", **of("configMapKeyRef", name="sparseline-settings", key="SPARSELINE_STORE")},
+    ]
+    main = {"name": "main", "image": f"registry.example.com/a@{TEST_DIGEST}", "env": env}
+    spec = {"serviceAccountName": "pipeline-runner", "containers": [{"name": "wait", "image": "argoexec"}, main]}
+    parsed = RayBlock.model_validate({"head": {}, "workers": {"workers": 2}, "timeout": 3600, **block})
+    watcher = Watcher("pod", "uid-1", "team-a", spec)
+    environment = {"SPARSELINE_RUN_ID": "run-1", "SPARSELINE_METRICS_PORT": "9464"}
+    return ray_job(watcher, parsed, "run-1", "post_training", "s3://bucket/ray-jobs/a", "d" * 32, environment)
+
+
+GPU_BLOCK = {
+    "head": {"gpus": 1, "node_selector": {"gpu": "h100"}, "tolerations": [{"key": "nvidia.com/gpu"}]},
+    "workers": {"workers": 4, "cpu": "8", "memory": "64Gi", "gpus": 2},
+    "queue": "training",
+}
+
+
+@pytest.mark.parametrize("block", [{}, {"workers": {"workers": 0}}, GPU_BLOCK], ids=["small", "alone", "gpus"])
+def test_a_rayjob_is_valid_and_safe(block):
+    assert complaints([rayjob(**block)]) == []
+
+
+def test_a_rayjob_belongs_to_its_watcher_and_ends_by_itself():
+    job = rayjob(**GPU_BLOCK)
+    (owner,) = job["metadata"]["ownerReferences"]
+    assert (owner["kind"], owner["uid"], owner["controller"], owner["blockOwnerDeletion"]) == (
+        "Pod",
+        "uid-1",
+        False,
+        False,
+    )
+    assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "training"
+    assert len(job["metadata"]["name"]) <= 47
+    spec = job["spec"]
+    assert (spec["activeDeadlineSeconds"], spec["shutdownAfterJobFinishes"], spec["backoffLimit"]) == (3600, True, 0)
+    (workers,) = spec["rayClusterSpec"]["workerGroupSpecs"]
+    assert workers["replicas"] == workers["minReplicas"] == workers["maxReplicas"] == 4
+    assert spec["rayClusterSpec"]["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+
+
+def test_a_rayjob_s_pods_have_the_watcher_s_surroundings_and_none_of_its_identity():
+    for pod in checks.pods(rayjob()):
+        (container,) = pod["containers"]
+        found = {one["name"]: one for one in container["env"]}
+        assert not {name for name in found if name.startswith(("ARGO_", "KFP_", "SPARSELINE_POD_", "SPARSELINE_RAY"))}
+        assert found["SPARSELINE_RUN_ID"] == {"name": "SPARSELINE_RUN_ID", "value": "run-1"}
+        assert found["MLFLOW_TRACKING_TOKEN"]["valueFrom"]["secretKeyRef"]["name"] == "kfp-mlflow-credentials"
+        assert found["SPARSELINE_STORE"]["valueFrom"]["configMapKeyRef"]["key"] == "SPARSELINE_STORE"
+        assert pod["serviceAccountName"] == "pipeline-runner"
+        assert container["image"].startswith("registry.example.com/a@")
+
+
+def test_the_chart_s_policies_select_the_pods_of_a_rayjob():
+    found = rendered("--values", CHART / "ci/distributed.yaml")
+    (policy, _) = [
+        one for one in found if one["kind"] == "NetworkPolicy" and one["metadata"]["name"] == "sparseline-ray"
+    ]
+    wanted = policy["spec"]["podSelector"]["matchLabels"].items()
+    cluster = rayjob()["spec"]["rayClusterSpec"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        assert wanted <= group["template"]["metadata"]["labels"].items()
+    (reaper,) = [one for one in found if one["kind"] == "Deployment" and one["metadata"]["name"].endswith("-reaper")]
+    arguments = reaper["spec"]["template"]["spec"]["containers"][0]["args"]
+    assert {"--namespace=team-a", "--namespace=team-b"} <= set(arguments)
+    accounts = {
+        (one["metadata"]["namespace"], one["subjects"][0]["name"])
+        for one in found
+        if one["kind"] == "RoleBinding" and one["roleRef"]["name"] == "sparseline-distributed"
+    }
+    assert accounts == {("team-a", "pipeline-runner"), ("team-b", "default-editor")}
+
+
+def test_a_task_with_ray_is_a_small_pod_that_knows_itself():
+    path = ROOT / "manifests/pipelines/training/distributed/pipeline.yaml"
+    specification, platform = yaml.safe_load_all(path.read_text())
+    name = "exec-post-training"
+    container = specification["deploymentSpec"]["executors"][name]["container"]
+    assert container["resources"]["resourceCpuLimit"] == "500m"
+    (block,) = [one["value"] for one in container["env"] if one["name"] == "SPARSELINE_RAY_JOB"]
+    assert json.loads(block)["workers"]["workers"] == 2
+    own = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"][name]["fieldPathAsEnv"]
+    assert {one["name"] for one in own} >= {"SPARSELINE_POD_NAME", "SPARSELINE_POD_UID", "SPARSELINE_POD_NAMESPACE"}
+
+
 def test_what_a_task_reads_is_what_the_chart_writes():
     maps = {
         (one["metadata"]["namespace"], one["metadata"]["name"]): one
@@ -303,6 +563,21 @@ BAD_VALUES = {
     ),
     "a backup without a place": (["--set", "backup.enabled=true"], "needs backup.destination"),
     "a backup into a folder": (["--set", "backup.enabled=true,backup.destination=/backups"], "destination"),
+    "RayJobs without a team": (["--set", "distributed.enabled=true"], "needs a namespace under teams"),
+    "a typo in the reaper": (["--set", "distributed.reaper.grace=5"], "grace"),
+    "a release without a repository": (["--set", "release.enabled=true"], "needs release.repository"),
+    "a password in the repository's address": (
+        ["--set", "release.enabled=true,release.repository=https://user:word@git.example.com/platform"],
+        "repository",
+    ),
+    "a push without credentials": (
+        ["--set", "release.enabled=true,release.repository=https://git.example.com/platform,release.commit=true"],
+        "kubectl create secret generic sparseline-git",
+    ),
+    "an observer of nothing": (
+        ["--set", "monitoring.observer.enabled=true,monitoring.observer.kfpEndpoint="],
+        "needs monitoring.observer.kfpEndpoint",
+    ),
     "no MLflow at all": (["--set", "mlflow.enabled=false"], "give mlflow.externalUri"),
     "an ingress without TLS": (
         ["--set", "mlflow.ingress.enabled=true,mlflow.ingress.host=a.example.com"],
