@@ -20,10 +20,12 @@ from typing import Any
 import yaml
 from kfp import compiler, kubernetes
 from kfp.compiler.compiler_utils import KubernetesManifestOptions
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
+from components.runtime import ray_block
 from components.runtime.errors import InputError
 from components.runtime.image import IMAGE
+from components.runtime.ray_block import PodResources, RayBlock, RayWorkers
 from pipelines import catalogue, profiles
 from pipelines.catalogue import Pipeline
 from pipelines.stages import STAGES
@@ -34,36 +36,27 @@ SETTING_NAMES = (
     "SPARSELINE_STORE", "SPARSELINE_S3_ENDPOINT", "AWS_REGION", "MLFLOW_TRACKING_URI", "MLFLOW_DISABLE_TELEMETRY",
     "DO_NOT_TRACK", "RAY_USAGE_STATS_ENABLED",
 )  # fmt: skip
+WATCHER_CPU, WATCHER_MEMORY, WATCHER_SCRATCH = "500m", "1Gi", "1Gi"  # of the pod that watches a RayJob
 METRICS_PORT = "9464"  # where a running stage shows its curves to Prometheus
 PROXY_NAMES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 
 
-class Toleration(BaseModel):
-    """A toleration, as in a pod."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    key: str
-    operator: str = Field(default="Exists", pattern="^(Exists|Equal)$")
-    value: str | None = None
-    effect: str | None = Field(default=None, pattern="^(NoSchedule|PreferNoSchedule|NoExecute)$")
-
-
-class TaskResources(BaseModel):
+class TaskResources(PodResources):
     """What one task asks of the cluster."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    cpu: str = Field(default="2", pattern=r"^[0-9]+(\.[0-9]+)?m?$", description="CPUs, requested and at most")
-    memory: str = Field(default="4Gi", pattern=r"^[0-9]+(Mi|Gi|Ti)$", description="memory, requested and at most")
-    gpus: int = Field(default=0, ge=0, description="GPUs")
-    gpu_resource: str = Field(default="nvidia.com/gpu", description="the name under which nodes offer GPUs")
-    scratch: str = Field(default="10Gi", pattern=r"^[0-9]+(Mi|Gi|Ti)$", description="room in /tmp")
-    node_selector: dict[str, str] = Field(default_factory=dict, description="labels that the node must have")
-    tolerations: list[Toleration] = Field(default_factory=list)
-    queue: str = Field(default="", description="Kueue LocalQueue of the pod; empty: none")
+    queue: str = Field(default="", description="Kueue LocalQueue of the pod, or of the RayJob; empty: none")
     retries: int = Field(default=0, ge=0, description="how often a failed task is tried again")
     timeout: int = Field(default=86400, ge=60, description="seconds after which the task is ended")
+    ray: RayWorkers | None = Field(
+        default=None,
+        description="runs the stage as a RayJob: its process with the resources above, these workers beside it; the "
+        "task's pod then only watches",
+    )
+
+    @property
+    def all_gpus(self) -> int:
+        """GPUs of the task, workers included."""
+        return self.gpus + (self.ray.workers * self.ray.gpus if self.ray else 0)
 
 
 def task_resources(cluster: dict[str, dict[str, Any]]) -> dict[str, TaskResources]:
@@ -89,10 +82,11 @@ def prepare(resources: dict[str, TaskResources], model: str) -> Callable[[str, A
 
     def give(stage: str, task: Any) -> None:
         wanted = resources[stage]
-        task.set_cpu_request(wanted.cpu).set_cpu_limit(wanted.cpu)
-        task.set_memory_request(wanted.memory).set_memory_limit(wanted.memory)
-        if wanted.gpus:
-            task.set_accelerator_type(wanted.gpu_resource).set_accelerator_limit(wanted.gpus)
+        pod = _watcher(wanted) if wanted.ray else wanted
+        task.set_cpu_request(pod.cpu).set_cpu_limit(pod.cpu)
+        task.set_memory_request(pod.memory).set_memory_limit(pod.memory)
+        if pod.gpus:
+            task.set_accelerator_type(pod.gpu_resource).set_accelerator_limit(pod.gpus)
         if wanted.retries:
             task.set_retry(num_retries=wanted.retries, backoff_duration="30s", backoff_factor=2.0)
         if not re.search(r"@sha256:[0-9a-f]{64}$", IMAGE):
@@ -104,6 +98,8 @@ def prepare(resources: dict[str, TaskResources], model: str) -> Callable[[str, A
             "SPARSELINE_METRICS_PORT": METRICS_PORT,
             "SPARSELINE_LOG": "json",
         }
+        if wanted.ray:
+            own[ray_block.VARIABLE] = _ray_block(wanted, wanted.ray).model_dump_json(exclude_defaults=True)
         for name, value in own.items():
             task.set_env_variable(name, value)
         kubernetes.add_pod_annotation(task, "prometheus.io/scrape", "true")
@@ -114,17 +110,32 @@ def prepare(resources: dict[str, TaskResources], model: str) -> Callable[[str, A
         kubernetes.use_secret_as_env(task, STORE_SECRET, keys)
         # KFP labels every pod of a run with the run's id: all stages of a run share one.
         kubernetes.use_field_path_as_env(task, "SPARSELINE_RUN_ID", "metadata.labels['pipeline/runid']")
+        if wanted.ray:
+            # The RayJob belongs to this pod, and ends with it.
+            kubernetes.use_field_path_as_env(task, ray_block.POD_NAME, "metadata.name")
+            kubernetes.use_field_path_as_env(task, ray_block.POD_UID, "metadata.uid")
+            kubernetes.use_field_path_as_env(task, ray_block.POD_NAMESPACE, "metadata.namespace")
         kubernetes.set_security_context(task, run_as_user=USER, run_as_group=USER, run_as_non_root=True)
-        kubernetes.empty_dir_mount(task, "tmp", "/tmp", size_limit=wanted.scratch)
+        kubernetes.empty_dir_mount(task, "tmp", "/tmp", size_limit=pod.scratch)
         kubernetes.set_timeout(task, wanted.timeout)
-        for key, value in wanted.node_selector.items():
+        for key, value in pod.node_selector.items():
             kubernetes.add_node_selector(task, key, value)
-        for one in wanted.tolerations:
+        for one in pod.tolerations:
             kubernetes.add_toleration(task, one.key, one.operator, one.value, one.effect)
-        if wanted.queue:
+        if wanted.queue and not wanted.ray:  # the RayJob waits in the queue, and not who watches it
             kubernetes.add_pod_label(task, "kueue.x-k8s.io/queue-name", wanted.queue)
 
     return give
+
+
+def _watcher(wanted: TaskResources) -> PodResources:
+    """A pod that only watches needs little, and no node of the GPUs' kind; it may run where the stage may."""
+    return PodResources(cpu=WATCHER_CPU, memory=WATCHER_MEMORY, scratch=WATCHER_SCRATCH, tolerations=wanted.tolerations)
+
+
+def _ray_block(wanted: TaskResources, workers: RayWorkers) -> RayBlock:
+    head = PodResources(**{name: getattr(wanted, name) for name in PodResources.model_fields})
+    return RayBlock(head=head, workers=workers, queue=wanted.queue, timeout=wanted.timeout)
 
 
 def without_versions(text: str) -> str:

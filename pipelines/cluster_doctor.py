@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from components.runtime import errors
+from components.runtime.ray_block import PodResources
 from pipelines import profiles
 from pipelines.cluster import SETTING_NAMES, SETTINGS, STORE_SECRET, TaskResources, task_resources
 from pipelines.cluster_api import Cluster
@@ -55,6 +56,12 @@ QUEUES = (
     "kueue.x-k8s.io",
     "the queue in the profile",
     "kubectl apply --server-side -f https://github.com/kubernetes-sigs/kueue/releases/download/v0.17.0/manifests.yaml",
+)
+RAY = (
+    "ray.io",
+    "the stages that the profile runs as RayJobs",
+    "helm repo add kuberay https://ray-project.github.io/kuberay-helm && helm install kuberay-operator "
+    "kuberay/kuberay-operator --version 1.5.0 -n kuberay-operator --create-namespace",
 )
 # What installing and starting runs takes: (which namespace, verb, group, resource).
 PERMISSIONS = (
@@ -110,12 +117,52 @@ def groups(cluster: Cluster, place: Place) -> Iterator[Finding]:
     wanted = dict(GROUPS)
     if any(one.queue for one in place.resources.values()):
         wanted[QUEUES[0]] = (True, *QUEUES[1:])
+    if any(one.ray for one in place.resources.values()):
+        wanted[RAY[0]] = (True, *RAY[1:])
     for name, (needed, purpose, command) in wanted.items():
         if name in there:
             yield Finding("ok", f"custom resources of {name} ({purpose})")
         else:
             state = "missing" if needed else "note"
             yield Finding(state, f"no custom resources of {name}: needed for {purpose}", command)
+
+
+def queues(cluster: Cluster, place: Place) -> Iterator[Finding]:
+    """Whether the queues that the profile names are in the namespace of the runs."""
+    for name in sorted({one.queue for one in place.resources.values()} - {""}):
+        path = f"/apis/kueue.x-k8s.io/v1beta2/namespaces/{place.runs}/localqueues/{name}"
+        if cluster.get(path):
+            yield Finding("ok", f"queue {name} in {place.runs}")
+        elif path not in cluster.forbidden:
+            queue = {"apiVersion": "kueue.x-k8s.io/v1beta2", "kind": "LocalQueue", "metadata": {"name": name}}
+            made = json.dumps({**queue, "spec": {"clusterQueue": "CLUSTER-QUEUE"}})
+            yield Finding(
+                "missing",
+                f"no queue {name} in {place.runs}: what the profile puts into it would wait for ever",
+                f"kubectl get clusterqueues; echo '{made}' | kubectl -n {place.runs} apply -f -",
+            )
+
+
+def distributed(cluster: Cluster, place: Place) -> Iterator[Finding]:
+    """Whether the chart lets stages make RayJobs, and whether something sees to those that nobody watches."""
+    if not any(one.ray for one in place.resources.values()):
+        return
+    install = (
+        f"helm upgrade sparseline charts/sparseline -n {place.platform} --reuse-values --set distributed.enabled=true"
+    )
+    role = f"/apis/rbac.authorization.k8s.io/v1/namespaces/{place.runs}/rolebindings/sparseline-distributed"
+    if cluster.get(role):
+        yield Finding("ok", f"stages may make RayJobs in {place.runs}")
+    elif role not in cluster.forbidden:
+        yield Finding(
+            "missing", f"stages may not make RayJobs in {place.runs} (distributed.enabled of the chart)", install
+        )
+    selector = "labelSelector=app.kubernetes.io/component%3Dreaper"
+    reapers = cluster.items(f"/apis/apps/v1/namespaces/{place.platform}/deployments?{selector}")
+    if any((one.get("status") or {}).get("availableReplicas") for one in reapers):
+        yield Finding("ok", "the reaper of RayJobs runs")
+    else:
+        yield Finding("missing", f"no reaper of RayJobs is ready in {place.platform}", install)
 
 
 def namespaces(cluster: Cluster, place: Place) -> Iterator[Finding]:
@@ -202,8 +249,12 @@ def nodes(cluster: Cluster, place: Place) -> Iterator[Finding]:
     """Whether each kind of task fits on some node, GPUs first."""
     ready = [one for one in cluster.items("/api/v1/nodes") if _is_ready(one)]
     yield Finding("ok" if ready else "missing", f"{len(ready)} nodes ready", "" if ready else "kubectl get nodes")
+    asked: list[tuple[str, PodResources]] = []
     for name in sorted(place.resources):
-        wanted = place.resources[name]
+        asked.append((name, place.resources[name]))
+        if workers := place.resources[name].ray:
+            asked.append((f"a worker of {name}", workers))
+    for name, wanted in asked:
         if not wanted.gpus and not wanted.node_selector:
             continue
         fitting = [
@@ -301,7 +352,7 @@ def reachable(cluster: Cluster, place: Place) -> Iterator[Finding]:
 
 
 CHECKS: tuple[Callable[[Cluster, Place], Iterator[Finding]], ...] = (
-    version, groups, namespaces, kubeflow, permissions, storage, nodes, surroundings, reachable,
+    version, groups, queues, distributed, namespaces, kubeflow, permissions, storage, nodes, surroundings, reachable,
 )  # fmt: skip
 
 

@@ -54,7 +54,7 @@ def forecast(pipeline: Pipeline, profile: Profile, before: list[Any], console: C
     for name in pipeline.stages:
         made.add_row(*_row(name, resources[name], [run[name] for run in past if name in run]))
     console.print(made)
-    gpus = {name: resources[name].gpus for name in pipeline.stages}
+    gpus = {name: resources[name].all_gpus for name in pipeline.stages}
     expected = sum(max((run[name] for run in past if name in run), default=0.0) * gpus[name] for name in gpus) / 3600
     most = sum(resources[name].timeout * gpus[name] for name in gpus) / 3600
     basis = f"from {len(past)} runs that succeeded" if past else "no run of this pipeline has succeeded here yet"
@@ -66,10 +66,10 @@ def _row(name: str, wanted: TaskResources, seconds: list[float]) -> tuple[str, .
     expected = max(seconds, default=None)
     return (
         name,
-        str(wanted.gpus),
+        str(wanted.all_gpus),
         wanted.cpu,
         duration(expected) if expected is not None else "unknown",
-        f"{expected * wanted.gpus / 3600:.1f}" if expected is not None else "unknown",
+        f"{expected * wanted.all_gpus / 3600:.1f}" if expected is not None else "unknown",
         duration(wanted.timeout),
-        f"{wanted.timeout * wanted.gpus / 3600:.1f}",
+        f"{wanted.timeout * wanted.all_gpus / 3600:.1f}",
     )

@@ -22,6 +22,10 @@ class GateRejected(Exception):
     """The gate decided, with numbers, that the candidate is not to be promoted. No fault."""
 
 
+class RemoteFault(Exception):
+    """A fault in a process elsewhere, whose own log has the traceback already."""
+
+
 def exit_code(error: BaseException) -> int:
     """The exit code that `error` ends a program with."""
     if isinstance(error, InputError):

@@ -27,7 +27,7 @@ from typing import Any, Protocol
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from components.runtime import artifacts, errors
+from components.runtime import artifacts, errors, ray_block
 from components.runtime.contracts import Pointer
 from components.runtime.cost import Meter
 from components.runtime.errors import InputError, disk_errors
@@ -222,7 +222,8 @@ def _stop_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, interrupt)
 
 
-def _prepare_process() -> None:
+def prepare_process() -> None:
+    """What a process that runs a stage does first."""
     _stop_on_sigterm()
     collect_rarely()
     os.environ.update({name: value for name, value in NO_USAGE_REPORTING.items() if name not in os.environ})
@@ -247,12 +248,17 @@ def run_component(
     `code` is the digest of the stage's sources. `run` and `config_class` ("module:name") are for stages that do not
     follow the naming convention. A failure ends the process with the exit code of its kind.
     """
-    _prepare_process()
+    prepare_process()
     die_with_owner()
     try:
         pointers = {name: pointer for name, value in inputs.items() if (pointer := read_pointer(value)) is not None}
         settings = Settings.read()
-        result = execute(
+        perform = execute
+        if ray_block.VARIABLE in os.environ:
+            from components.runtime.ray_job import execute_in_ray_job
+
+            perform = execute_in_ray_job
+        result = perform(
             stage,
             json.loads(config),
             int(seed),
@@ -265,7 +271,7 @@ def run_component(
             code=code,
         )
     except BaseException as error:
-        _report(error, stage)
+        report(error, stage)
         sys.stdout.flush()
         sys.stderr.flush()
         # Not sys.exit: KFP's executor would print a second traceback over the message.
@@ -305,8 +311,9 @@ def read_pointer(value: Any) -> Pointer | None:
         raise InputError(f"{text[:200]!r} is no pointer to an artifact: {error}") from error
 
 
-def _report(error: BaseException, stage: str) -> None:
-    if isinstance(error, (InputError, errors.GateRejected)):
+def report(error: BaseException, stage: str) -> None:
+    """Print what a stage ended with: a message for what a person can act on, the traceback of a fault."""
+    if isinstance(error, (InputError, errors.GateRejected, errors.RemoteFault)):
         print(f"{stage}: {error}", file=sys.stderr)
     elif isinstance(error, KeyboardInterrupt):
         print(f"{stage}: stopped", file=sys.stderr)
@@ -321,7 +328,7 @@ def main(
     parser = argparse.ArgumentParser(prog=f"python -m components.{stage}", description=f"Run the stage {stage}.")
     parser.add_argument("--config", required=True, type=Path, help="YAML: config, inputs (pointers), seed")
     options = parser.parse_args(arguments)
-    _prepare_process()
+    prepare_process()
     try:
         document = read_yaml(options.config)
         unknown = set(document) - {"config", "inputs", "seed"}
@@ -343,7 +350,7 @@ def main(
             where=str(options.config),
         )
     except BaseException as error:
-        _report(error, stage)
+        report(error, stage)
         sys.exit(errors.exit_code(error))
     outputs = {name: pointer.model_dump() for name, pointer in result.outputs.items()}
     print(json.dumps({"outputs": outputs, "summary": result.summary}, indent=1))

@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from components.runtime.errors import InputError
+from components.runtime.ray_block import RayWorkers
 from pipelines import cluster_doctor
 from pipelines.cluster import SETTING_NAMES, TaskResources
 from pipelines.cluster_doctor import CHECKS, PERMISSIONS, Cluster, Place, findings
@@ -197,6 +198,39 @@ def test_a_queue_in_the_profile_wants_kueue():
     assert not [one for one in found() if "kueue" in one.text]
     (one,) = [one for one in found(resources={"synthesis": TaskResources(queue="team")}) if "kueue" in one.text]
     assert one.state == "missing"
+
+
+QUEUE = "/apis/kueue.x-k8s.io/v1beta2/namespaces/kubeflow/localqueues/team"
+ROLE = "/apis/rbac.authorization.k8s.io/v1/namespaces/kubeflow/rolebindings/sparseline-distributed"
+REAPER = "/apis/apps/v1/namespaces/sparseline/deployments?labelSelector=app.kubernetes.io/component%3Dreaper"
+RAY = {"post_training": TaskResources(queue="team", ray=RayWorkers(workers=2, gpus=8))}
+WITH_RAY = GOOD | {
+    "/apis": {"groups": [{"name": name} for name in (*cluster_doctor.GROUPS, "ray.io", "kueue.x-k8s.io")]},
+    QUEUE: {"metadata": {}},
+    ROLE: {"metadata": {}},
+    REAPER: {"items": [{"status": {"availableReplicas": 1}}]},
+}
+
+
+def test_a_cluster_for_rayjobs_lacks_nothing():
+    assert [one for one in found(WITH_RAY, resources=RAY) if one.state == "missing"] == []
+    assert not [one for one in found() if "RayJob" in one.text]  # a profile without them is not told about them
+
+
+@pytest.mark.parametrize(
+    "path, value, told",
+    [
+        ("/apis", GOOD["/apis"], "no custom resources of ray.io"),
+        (QUEUE, None, "no queue team in kubeflow"),
+        (ROLE, None, "stages may not make RayJobs in kubeflow"),
+        (REAPER, {"items": [{"status": {}}]}, "no reaper of RayJobs is ready in sparseline"),
+        ("/api/v1/nodes", {"items": []}, "a worker of post_training wants 8 nvidia.com/gpu: no node has that"),
+    ],
+)
+def test_what_rayjobs_lack_is_told_with_a_command(path, value, told):
+    (one,) = [one for one in found(WITH_RAY | {path: value}, resources=RAY) if one.text.startswith(told)]
+    assert one.state == "missing"
+    assert one.fix
 
 
 @pytest.mark.parametrize("place, verb, group, resource", PERMISSIONS)
