@@ -95,6 +95,10 @@ def pods(manifest: Manifest) -> Iterator[Manifest]:
         yield spec["jobTemplate"]["spec"]["template"]["spec"]
     elif kind == "InferenceService":
         yield spec["predictor"]
+    elif kind == "RayJob":
+        cluster = spec["rayClusterSpec"]
+        for group in (cluster["headGroupSpec"], *cluster.get("workerGroupSpecs", [])):
+            yield group["template"]["spec"]
 
 
 def containers(pod: Manifest) -> Iterator[Manifest]:

@@ -15,7 +15,20 @@ import yaml
 SCHEMAS = Path(__file__).resolve().parent / "schemas"
 # Parts that no manifest of ours may use: left out, so they are refused and the schema stays small.
 SERVERS = "huggingface lightgbm model onnx paddle pmml pytorch sklearn tensorflow triton workerSpec xgboost"
+POD = "affinity ephemeralContainers initContainers topologySpreadConstraints resourceClaims schedulingGates"
+RAY_PODS = (
+    "spec.rayClusterSpec.headGroupSpec.template.spec",
+    "spec.rayClusterSpec.workerGroupSpecs.items.template.spec",
+)
 UNUSED = {
+    "RayJob": (
+        "status",
+        "spec.submitterPodTemplate",
+        "spec.rayClusterSpec.autoscalerOptions",
+        "spec.rayClusterSpec.headGroupSpec.headService",
+        "spec.rayClusterSpec.headGroupSpec.ingressOptions",
+        *(f"{pod}.{name}" for pod in RAY_PODS for name in POD.split()),
+    ),
     "InferenceService": (
         "status",
         "spec.explainer",
@@ -63,7 +76,7 @@ def convert(definition: dict[str, Any]) -> dict[str, dict[str, Any]]:
             *parents, last = path.split(".")
             inside = schema
             for name in parents:
-                inside = inside["properties"][name]
+                inside = inside["items"] if name == "items" else inside["properties"][name]
             inside["properties"].pop(last, None)
         schema.setdefault("properties", {}).update(
             apiVersion={"const": f"{spec['group']}/{version['name']}"},

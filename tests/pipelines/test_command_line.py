@@ -38,7 +38,7 @@ def check_refused(done, told):
 @pytest.mark.parametrize(
     "arguments, told",
     [
-        (["--profile", "giant"], "unknown profile 'giant'; there are micro, nano, speciale"),
+        (["--profile", "giant"], "unknown profile 'giant'; there are distributed, micro, nano, speciale"),
         (["--set", "synthesis.trian_tasks=1"], "trian_tasks: Extra inputs are not permitted"),
         (["--set", "pretraining.dense.steps=x"], "dense.steps: Input should be a valid integer"),
         (["--seed", "-1"], "--seed"),

@@ -57,7 +57,7 @@ def test_bad_values_are_told_with_their_stage(setting, told):
 
 
 def test_an_unknown_profile_lists_the_known_ones():
-    with pytest.raises(InputError, match="unknown profile 'giant'; there are micro, nano, speciale"):
+    with pytest.raises(InputError, match="unknown profile 'giant'; there are distributed, micro, nano, speciale"):
         profiles.load("giant")
 
 
