@@ -115,16 +115,23 @@ def program(tmp_path, plugin, family):
         started.append(process)
         return process
 
+    start.environment, start.pointers = environment, pointers
     yield start
     for process in started:
         process.kill()
         process.wait()
 
 
+def stored_steps(store: Path) -> int:
+    """How far the newest whole training state is."""
+    found = store.glob("training-state/*/*/*/manifest.json")
+    return max((int(path.parent.name) for path in found), default=0)
+
+
 def after_steps(process: subprocess.Popen, store: Path, steps: int) -> None:
     """Wait until a training state of this many steps is whole."""
     deadline = time.monotonic() + 300
-    while not any(int(path.parent.name) >= steps for path in store.glob("training-state/*/*/*/manifest.json")):
+    while stored_steps(store) < steps:
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline, "no training state"
         select.select([], [], [], 0.02)  # between two looks at a folder
