@@ -124,7 +124,6 @@ class Pod:
             "SPARSELINE_STORE": self.place.store.uri,
             "SPARSELINE_RUNS": str(self.folder / "runs"),
             "SPARSELINE_RUN_ID": self.run_id,
-            "SPARSELINE_MIRRORED": "1",
             ray_block.VARIABLE: self.place.block.model_dump_json(),
             ray_block.POD_NAME: self.name,
             ray_block.POD_UID: self.uid,
