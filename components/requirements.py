@@ -11,8 +11,11 @@ import tomllib
 from pathlib import Path
 
 WITHOUT = ("kfp", "kfp-kubernetes")
-# What KFP's executor imports, and PostgreSQL's driver for the MLflow server.
-MORE = ("docstring-parser", "protobuf", "typing-extensions", "psycopg[binary]>=3.2,<4")
+# What KFP's executor imports, what its client does (a backup asks it for the schedules), and PostgreSQL's driver.
+MORE = (
+    "docstring-parser", "protobuf", "typing-extensions", "googleapis-common-protos", "kfp-server-api>=2.14,<3",
+    "psycopg[binary]>=3.2,<4",
+)  # fmt: skip
 
 
 def requirements(project: Path) -> list[str]:

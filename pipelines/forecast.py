@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from pipelines.catalogue import Pipeline
-from pipelines.cluster import TaskResources, task_resources
 from pipelines.display import duration
 from pipelines.kfp_server import Server, pages, requests_of, stage_tasks
 from pipelines.profiles import Profile
+
+if TYPE_CHECKING:
+    from pipelines.cluster import TaskResources
 
 LOOKED_AT = 5  # the newest runs that succeeded
 CANDIDATES = 200  # runs that are looked through for them
@@ -46,6 +48,8 @@ def forecast(pipeline: Pipeline, profile: Profile, before: list[Any], console: C
 
     `before`: those runs (`succeeded`). The longest, because a stage whose result came from KFP's cache took no time.
     """
+    from pipelines.cluster import task_resources  # KFP's compiler, which an image does not have
+
     resources = task_resources(profile.cluster)
     past = [stage_seconds(run) for run in before]
     made = Table(show_edge=False)
