@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.control_plane import ControlPlane, ExistingCluster
-from tests.cluster.extensions import install_definitions, install_kueue
-from tests.cluster.pods import Kubelet
+from tests.cluster.extensions import apply, install_definitions, install_kueue
+from tests.cluster.pods import NODE, Kubelet
 
 EXISTING = os.environ.get("SPARSELINE_TEST_KUBECONFIG", "")
 
@@ -32,6 +32,7 @@ def cluster(tmp_path_factory):
         plane.start("etcd")
         plane.start("apiserver")
         plane.start("controller-manager")
+        apply(plane, [{"apiVersion": "v1", "kind": "Node", "metadata": {"name": NODE}}])
         install_definitions(plane)
         plane.start("kuberay")
         install_kueue(plane)

@@ -139,6 +139,8 @@ class ControlPlane(Kubectl):
             "--leader-elect=false",
             "--secure-port=0",
             "--concurrent-gc-syncs=4",
+            # The node of pods.py has no heart to beat: it and its pods are not to be found unready for that.
+            "--controllers=*,-node-lifecycle-controller,-taint-eviction-controller",
         ]
         self.commands["kuberay"] = [
             str(program("ray-operator")),

@@ -14,7 +14,24 @@ from kubernetes.client.exceptions import ApiException
 
 from tests.cluster.control_plane import Kubectl
 
+NODE = "node1"  # no machine: an object that pods are bound to, for services lead only to pods that have a node
 LEFT_ALONE = "ray.io/cluster"  # whoever tests Ray says what its pods do
+
+
+def bind(api: client.CoreV1Api, pod: Any) -> None:
+    """Give the pod the node, as a scheduler does."""
+    if not pod.spec.node_name:
+        target = client.V1Binding(
+            metadata=client.V1ObjectMeta(name=pod.metadata.name),
+            target=client.V1ObjectReference(api_version="v1", kind="Node", name=NODE),
+        )
+        name, namespace = pod.metadata.name, pod.metadata.namespace
+        api.create_namespaced_pod_binding(name, namespace, target, _preload_content=False)
+
+
+def end(api: client.CoreV1Api, pod: Any) -> None:
+    """Say that all of a pod that is to be deleted has ended: only then it goes."""
+    api.delete_namespaced_pod(pod.metadata.name, pod.metadata.namespace, grace_period_seconds=0)
 
 
 def finished(pod: Any, exit_code: int = 0) -> dict[str, Any]:
@@ -57,14 +74,19 @@ class Kubelet:
     def _play(self) -> None:
         while not self._end.wait(0.2):
             try:
-                for pod in self.api.list_pod_for_all_namespaces(field_selector="status.phase=Pending").items:
-                    if LEFT_ALONE not in (pod.metadata.labels or {}):
+                for pod in self.api.list_pod_for_all_namespaces(resource_version="0").items:
+                    if LEFT_ALONE in (pod.metadata.labels or {}):
+                        continue
+                    if pod.metadata.deletion_timestamp:
+                        end(self.api, pod)
+                    elif pod.status.phase == "Pending":
                         self.give(pod)
             except (ApiException, urllib3.exceptions.HTTPError):
                 continue  # the API server is away, or the pod is gone: the next look tells
 
     def give(self, pod: Any) -> None:
         """Let a pod run, or succeed where a job or Helm's test waits for its end."""
+        bind(self.api, pod)
         ends = pod.spec.restart_policy in ("Never", "OnFailure")
         status = finished(pod, self.exit_code) if ends else running(pod, self.host)
         self.api.patch_namespaced_pod_status(pod.metadata.name, pod.metadata.namespace, {"status": status})

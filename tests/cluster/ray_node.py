@@ -12,7 +12,7 @@ from kubernetes import client, config
 from kubernetes.client.exceptions import ApiException
 
 from tests.cluster.control_plane import ControlPlane
-from tests.cluster.pods import running
+from tests.cluster.pods import bind, end, running
 from tests.components.post_training.ray_host import answers, start_head, stop_head
 
 DASHBOARD = 8265  # KubeRay's service leads to this port of the head's pod
@@ -40,7 +40,11 @@ class RayNode:
                 for name in set(self.heads) - {pod.metadata.name for pod in pods}:
                     stop_head(*self.heads.pop(name))
                 for pod in pods:
-                    if pod.status.phase == "Pending" and not self.idle:
+                    if pod.metadata.deletion_timestamp:
+                        if pod.metadata.name in self.heads:
+                            stop_head(*self.heads.pop(pod.metadata.name))
+                        end(self.api, pod)
+                    elif pod.status.phase == "Pending" and not self.idle:
                         self._start(pod)
             except (ApiException, urllib3.exceptions.HTTPError):
                 continue  # the API server is away, or the pod is gone
@@ -53,6 +57,7 @@ class RayNode:
             own = {one.name: one.value for one in variables if one.value and one.name.startswith("SPARSELINE_")}
             self.heads[name] = (start_head(folder, self.host, DASHBOARD, {**own, **self.environment}), folder)
         if name not in self.heads or answers(self.host, DASHBOARD):
+            bind(self.api, pod)
             status = running(pod, self.host)
             self.api.patch_namespaced_pod_status(name, self.namespace, {"status": status})
 

@@ -25,9 +25,9 @@ def start_head(folder: Path, address: str, dashboard: int, environment: Mapping[
         "--object-store-memory=80000000", f"--temp-dir={folder}", "--disable-usage-stats",
     ]  # fmt: skip
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    own = {"PYTHONPATH": str(ROOT), "PATH": path, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    own = {"PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
     with (folder / "start.log").open("wb") as log:
-        merged = {**os.environ, **own, **environment}
+        merged = {**os.environ, **own, **environment, "PATH": path}  # `python` is ours, as in the image
         return subprocess.Popen(command, env=merged, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
 
 
