@@ -364,7 +364,7 @@ def refusals(address):
         ({"endpoint": ""}, "set KFP_ENDPOINT(.|\n)*port-forward svc/ml-pipeline"),
         ({"endpoint": "kfp:8888"}, "must start with http"),
         ({"endpoint": f"http://127.0.0.1:{free_port()}"}, "cannot be reached(.|\n)*port-forward svc/ml-pipeline"),
-        ({"profile": "giant"}, "unknown profile 'giant'; there are micro"),
+        ({"profile": "giant"}, "unknown profile 'giant'; there are distributed, micro"),
         ({"pipeline": "serving"}, "unknown pipeline 'serving'; there are training, retraining"),
         (
             {"version": "sparseline-synthesis-micro-0"},
