@@ -27,7 +27,7 @@ from rich.progress import track
 from components.runtime.artifacts import file_sha256
 from components.runtime.errors import InputError
 from components.runtime.object_store import ObjectStore, S3Store
-from components.runtime.settings import Settings, new_run_id
+from components.runtime.settings import Settings
 from pipelines import database_copy
 from pipelines.kfp_server import connect
 from pipelines.run import only_run, open_or_embed
@@ -122,9 +122,10 @@ def backup(places: Places, destination: str, *, keep: int, console: Console) -> 
             store.get_file(key, path)
             objects[key] = _keep(target, path, held)
         files = {name: _keep(target, file, held) for name, file in _files(places.files)}
+    moment = datetime.now(UTC)
     made = Backup(
-        id=new_run_id(),
-        made=datetime.now(UTC),
+        id=f"{moment:%Y%m%d-%H%M%S-%f}",  # sorts by time, also within a second: the newest must never be forgotten
+        made=moment,
         mlflow=installed("mlflow"),
         store=store.uri,
         database=database,
