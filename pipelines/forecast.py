@@ -48,7 +48,7 @@ def forecast(pipeline: Pipeline, profile: Profile, before: list[Any], console: C
 
     `before`: those runs (`succeeded`). The longest, because a stage whose result came from KFP's cache took no time.
     """
-    from pipelines.cluster import task_resources  # KFP's compiler, which an image does not have
+    from pipelines.cluster import task_resources  # with kfp-kubernetes, which an image does not have
 
     resources = task_resources(profile.cluster)
     past = [stage_seconds(run) for run in before]

@@ -4,8 +4,9 @@
     curl http://localhost:9465/metrics
 
 Once a minute it asks KFP's REST API; a scrape gives what was found last. While KFP does not answer, the last values
-stay, and `sparseline_kfp_last_answer_timestamp_seconds` tells their age. It speaks plain HTTP: the images do not have
-KFP's SDK. KFP_TOKEN, KFP_CA and KFP_NAMESPACE are those of `pipelines/kfp_server.py`.
+stay, and `sparseline_kfp_last_answer_timestamp_seconds` tells their age. It speaks plain HTTP: an image starts with
+KFP's SDK switched off (`_KFP_RUNTIME`), as its tasks want it. KFP_TOKEN, KFP_CA and KFP_NAMESPACE are those of
+`pipelines/kfp_server.py`.
 """
 
 from __future__ import annotations

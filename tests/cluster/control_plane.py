@@ -17,6 +17,7 @@ import trustme
 import yaml
 
 from components.runtime import processes
+from components.runtime.embedded_store import free_ports
 from tests.cluster.programs import program
 
 START_SECONDS = 90.0
@@ -27,18 +28,6 @@ AUDIT = {
     "omitStages": ["RequestReceived"],
     "rules": [{"level": "Metadata"}],
 }
-
-
-def free_ports(count: int) -> list[int]:
-    """Different ports that nothing listens at now."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [int(one.getsockname()[1]) for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
 
 
 def own_address() -> str:

@@ -18,6 +18,14 @@ NODE = "node1"  # no machine: an object that pods are bound to, for services lea
 LEFT_ALONE = "ray.io/cluster"  # whoever tests Ray says what its pods do
 
 
+def core_api(cluster: Kubectl) -> client.CoreV1Api:
+    """Pods and their status, as whoever is in the cluster's kubeconfig; a call that fails is not made again."""
+    settings = client.Configuration()
+    config.load_kube_config(str(cluster.kubeconfig), client_configuration=settings)
+    settings.retries = urllib3.Retry(0)
+    return client.CoreV1Api(client.ApiClient(settings))
+
+
 def bind(api: client.CoreV1Api, pod: Any) -> None:
     """Give the pod the node, as a scheduler does."""
     if not pod.spec.node_name:
@@ -62,11 +70,7 @@ class Kubelet:
     exit_code = 0  # of the pods that end
 
     def __init__(self, cluster: Kubectl) -> None:
-        self.host = cluster.host
-        settings = client.Configuration()
-        config.load_kube_config(str(cluster.kubeconfig), client_configuration=settings)
-        settings.retries = urllib3.Retry(0)
-        self.api = client.CoreV1Api(client.ApiClient(settings))
+        self.host, self.api = cluster.host, core_api(cluster)
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._play, name="kubelet", daemon=True)
         self._thread.start()

@@ -8,11 +8,10 @@ import threading
 from pathlib import Path
 
 import urllib3
-from kubernetes import client, config
 from kubernetes.client.exceptions import ApiException
 
 from tests.cluster.control_plane import ControlPlane
-from tests.cluster.pods import bind, end, running
+from tests.cluster.pods import bind, core_api, end, running
 from tests.components.post_training.ray_host import answers, start_head, stop_head
 
 DASHBOARD = 8265  # KubeRay's service leads to this port of the head's pod
@@ -23,10 +22,7 @@ class RayNode:
 
     def __init__(self, cluster: ControlPlane, namespace: str, environment: dict[str, str]) -> None:
         self.host, self.namespace, self.environment = cluster.host, namespace, environment
-        settings = client.Configuration()
-        config.load_kube_config(str(cluster.kubeconfig), client_configuration=settings)
-        settings.retries = urllib3.Retry(0)
-        self.api = client.CoreV1Api(client.ApiClient(settings))
+        self.api = core_api(cluster)
         self.heads: dict[str, tuple[subprocess.Popen, Path]] = {}
         self.idle = False  # start no more pods; what runs goes on
         self._end = threading.Event()

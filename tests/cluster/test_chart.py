@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.cluster.extensions import apply
+from tests.cluster.extensions import apply, built
 from tests.manifests import tools
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,13 +32,6 @@ def helm(*arguments, kubeconfig=None):
 
 def render(*arguments):
     return [one for one in yaml.safe_load_all(helm("template", "sparseline", CHART, *arguments)) if one]
-
-
-def build(folder):
-    program = tools.tool("kustomize", build=True)
-    done = subprocess.run([str(program), "build", str(ROOT / folder)], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return [one for one in yaml.safe_load_all(done.stdout) if one]
 
 
 def applied_twice(cluster, wanted):
@@ -103,7 +96,7 @@ def test_a_value_set_is_accepted_and_the_second_time_changes_nothing(cluster, ku
 
 @pytest.mark.parametrize("environment", ["dev", "staging", "prod"])
 def test_an_overlay_is_accepted_and_the_second_time_changes_nothing(cluster, kubelet, environment):
-    own = build(f"manifests/overlays/{environment}")
+    own = built(ROOT / f"manifests/overlays/{environment}")
     values = ROOT / "manifests" / "overlays" / environment / "values.yaml"
     pins = ["--set", f"image.digest={DIGEST}"]
     if environment == "dev":
@@ -123,12 +116,12 @@ def test_an_overlay_is_accepted_and_the_second_time_changes_nothing(cluster, kub
 @pytest.mark.parametrize("environment", ["dev", "staging", "prod"])
 def test_argo_cd_s_applications_are_accepted(cluster, environment):
     apply(cluster, [namespace("argocd")])
-    applied_twice(cluster, build(f"manifests/argocd/overlays/{environment}"))
+    applied_twice(cluster, built(ROOT / f"manifests/argocd/overlays/{environment}"))
 
 
 def test_the_pipelines_are_accepted(cluster):
     apply(cluster, [namespace("pipelines")])
-    wanted = build("manifests/pipelines")
+    wanted = built(ROOT / "manifests/pipelines")
     for one in wanted:
         one["metadata"]["namespace"] = "pipelines"
     applied_twice(cluster, wanted)

@@ -8,37 +8,22 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import urllib.request
-from functools import partial
-from pathlib import Path
 
 import pytest
 import yaml
-from ray.job_submission import JobSubmissionClient
 
 from components.runtime import ray_block, ray_files
-from components.runtime.contracts import Pointer
-from components.runtime.embedded_store import free_ports
 from components.runtime.object_store import open_store
 from components.runtime.ray_block import PodResources, RayBlock, RayWorkers
-from components.runtime.ray_files import LogReader, Request
 from components.runtime.ray_manifest import job_name
 from tests.cluster.control_plane import wait_for
 from tests.cluster.extensions import apply
 from tests.cluster.permissions import events, granted, used
 from tests.cluster.ray_node import RayNode
 from tests.cluster.test_chart import CHART, DIGEST, ROOT, namespace, render
-from tests.components.post_training.ray_host import answers, start_head, stop_head
-from tests.components.post_training.test_restart import (  # noqa: F401
-    CONFIG,
-    family,
-    plugin,
-    program,
-    stored_steps,
-)
 
 PLACE, TEAM, QUEUE = "rayjobs", "rayjobs-team", "training"
 IMAGE = f"registry.example.com/sparseline-python@{DIGEST}"
@@ -465,45 +450,3 @@ def test_a_team_without_the_chart_s_roles_is_told_what_to_set(place):
         assert "distributed.enabled: true" in pod.text()
     finally:
         place.kubectl("create", "--filename=-", input=role)
-
-
-def _ended(dashboard, name):
-    return dashboard.get_job_status(name).is_terminal()
-
-
-def _on_its_way(dashboard, store):
-    return stored_steps(store) >= 2 or _ended(dashboard, "first")
-
-
-@pytest.mark.timeout(900)
-def test_post_training_goes_on_after_its_whole_ray_cluster_was_lost(program, tmp_path):  # noqa: F811
-    """As KubeRay submits it: by HTTP to the dashboard of a head that is killed with all it runs, then to another."""
-    store = open_store(str(tmp_path / "store"))
-    inputs = {name: Pointer.model_validate(value) for name, value in program.pointers.items()}
-    request = Request(run_id="run", stage="post_training", config=CONFIG, seed=3, inputs=inputs)
-    uri = ray_files.write_request(store, request)
-    entrypoint = f"python -m components.runtime.ray_stage --request {uri}"
-    (port,) = free_ports(1)
-    for attempt in ("first", "second"):
-        folder = Path(tempfile.mkdtemp(prefix="rayhead-", dir="/tmp"))
-        head = start_head(folder, "127.0.0.1", port, {**program.environment, "SPARSELINE_MIRRORED": "1"})
-        try:
-            wait_for(lambda: answers("127.0.0.1", port), "a Ray head answering", 300)
-            dashboard = JobSubmissionClient(f"http://127.0.0.1:{port}")
-            dashboard.submit_job(entrypoint=entrypoint, submission_id=attempt)
-            if attempt == "first":
-                wait_for(partial(_on_its_way, dashboard, tmp_path / "store"), "two steps", 300)
-                assert not _ended(dashboard, attempt), dashboard.get_job_logs(attempt)
-                continue
-            wait_for(partial(_ended, dashboard, "second"), "its end", 300)
-            log = dashboard.get_job_logs(attempt)
-            assert dashboard.get_job_status(attempt) == "SUCCEEDED", log
-        finally:
-            stop_head(head, folder)
-    assert "goes on after step" in log
-    result = ray_files.read_result(store, uri)
-    assert result.record["summary"]["ledger"]["trained"] > 0
-    lines = []
-    LogReader(store, uri, lines.append).pump()
-    assert lines[-1].startswith("[post_training] ")
-    assert sum("goes on after step" in line for line in lines) == 1
